@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Absorb', 'Row', 'Plan', 'uses_bias', 'plan_folds']
 
-# %% ../../nbs/06_fold.plan.ipynb #b0532fce
+# %% ../../nbs/06_fold.plan.ipynb #d12e12e8
 import copy
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcore.basics import patch
 
-from .carry import CARRIERS, PARTS, Stop, Unknown, nothing
+from .carry import CARRIERS, ORDERS, PARTS, Stop, Unknown, nothing
 from .flow import Call, Flow, Value, naming
 from .layers import LAYERS, absorbs_before, in_channels, layer_call, out_channels
 from .trace import plain_batchnorm, trace_flow, under
@@ -37,7 +37,7 @@ class Absorb:
 
     def same(self, o): return (self.layer, self.op, self.before, self.shift) == (o.layer, o.op, o.before, o.shift) and torch.equal(self.index, o.index)
 
-# %% ../../nbs/06_fold.plan.ipynb #a0954681
+# %% ../../nbs/06_fold.plan.ipynb #22c3320b
 @dataclass(frozen=True, eq=False)
 class Row:
     "What becomes of one BatchNorm"
@@ -47,6 +47,7 @@ class Row:
     stats:tuple=() # Names of its weight, bias, running mean and running variance; `None` where it has none
     eps:float=0.
     rest:tuple=() # Names of those of its own children that run after the normalisation and stay
+    strided:bool=False # Might what follows it meet other strides than the BatchNorm gave?
 
     @property
     def folded(self): return not self.why
@@ -69,7 +70,7 @@ class Plan:
     def __len__(self): return len(self.rows)
     def __getitem__(self, name): return next(r for r in self.rows if r.name == name)
 
-# %% ../../nbs/06_fold.plan.ipynb #0fe5d113
+# %% ../../nbs/06_fold.plan.ipynb #43a4adf2
 class _Finder:
     "Finds the layers that absorb a BatchNorm, in one flow"
     def __init__(self, flow):
@@ -77,6 +78,11 @@ class _Finder:
         for name,m in self.model.named_modules():
             for attr,p in m._parameters.items():
                 if p is not None: self.owners.setdefault(flow.names.get(p), []).append((name, attr))
+        self.calls_of,self.runs_of,self.children_of = {},{},{} # by module: its own calls, its runs, the runs of its children
+        for c in flow.calls: self.calls_of.setdefault(c.module, []).append(c)
+        for e in flow.entries:
+            self.runs_of.setdefault(e.name, []).append(e)
+            if len(e.stack) > 1: self.children_of.setdefault(e.stack[-2], []).append(e)
 
     def what(self, call):
         "A call, as a sentence has it"
@@ -149,7 +155,7 @@ def nothing_written(self:_Finder, bn, calls):
         written = call.args[0] if call.args else None
         if call.inplace and not (isinstance(written, Value) and self.fresh(written)): raise Stop(f'{self.what(call)} writes in place before its output is read')
 
-# %% ../../nbs/06_fold.plan.ipynb #2a53d241
+# %% ../../nbs/06_fold.plan.ipynb #5ee2efc7
 @patch
 def layer(self:_Finder, call, label, before, shift):
     "The part of a convolution or Linear in a fold"
@@ -161,7 +167,7 @@ def layer(self:_Finder, call, label, before, shift):
     if before:
         why = absorbs_before(call.op, args, tuple(w.shape[2:]))
         if why: raise Stop(f'{naming(name)} {why}')
-        if not self.plain(name, call): raise Stop(f'{naming(name)} has a `forward` of its own, which may pad')
+        if LAYERS[call.op].spatial and not self.plain(name, call): raise Stop(f'{naming(name)} has a `forward` of its own, which may pad')
     axis = label.dim() - LAYERS[call.op].spatial - 1
     if axis < 0 or label.numel() != label.shape[axis]:
         at = next(d for d,n in enumerate(label.shape) if n > 1)
@@ -266,15 +272,15 @@ def agree(self:_Finder, found):
                 raise Stop(f"`{first.layer}`'s weight is also read by {self.what(other)}")
         if not all(a.same(first) for _,a in mine): raise Stop(f'its layer `{first.layer}` would have to absorb it in different ways')
 
-# %% ../../nbs/06_fold.plan.ipynb #16433545
+# %% ../../nbs/06_fold.plan.ipynb #b60059c4
 @patch
 def rest(self:_Finder, name, calls):
     "The children of a BatchNorm that run after it normalised, and must stay"
-    runs = [e for e in self.flow.entries if e.name == name]
-    more = [c for c in self.flow.calls if c.module == name and c not in calls]
+    runs = self.runs_of.get(name, [])
+    more = [c for c in self.calls_of[name] if c not in calls]
     if more: raise Stop(f'its `forward` also does `{more[0].op}`')
     if len(runs) != len(calls): raise Stop('it is not called as a module is')
-    kids = [e for e in self.flow.entries if e.stack[-2:-1] == (name,)]
+    kids = self.children_of.get(name, [])
     n,orders = len(kids)//len(runs), set()
     for i,(run,call) in enumerate(zip(runs, calls)):
         at = call.outs[0]
@@ -286,7 +292,7 @@ def rest(self:_Finder, name, calls):
     if len(orders) > 1 or len(set(kept := orders.pop())) < len(kept): raise Stop('its `forward` does not always do the same')
     return tuple(k for k in kept if type(self.model.get_submodule(k)) is not nn.Identity)
 
-# %% ../../nbs/06_fold.plan.ipynb #02ac344c
+# %% ../../nbs/06_fold.plan.ipynb #b8c83f61
 def _stat_names(flow, call): return tuple(v and v.name for v in call.args[1:5])
 
 @patch
@@ -300,21 +306,23 @@ def judge(self:_Finder, name, calls, confirm=None):
             other = next((r for r in self.flow.params[n].readers if r not in calls), None)
             if other or self.flow.params[n].outside: raise Stop(f'`{n}` is also read by {self.what(other) if other else self.flow.params[n].outside}')
         rest = self.rest(name, calls)
-        absorbs = self.either(calls, rest, confirm and confirm(name))
+        absorbs,strided = self.either(calls, rest, confirm and confirm(name))
         self.folded.add(name)
-        return Row(name, absorbs, '', stats, calls[0].args[7], rest)
+        return Row(name, absorbs, '', stats, calls[0].args[7], rest, strided)
     except Stop as e: return Row(name, why=str(e))
 
 @patch
 def either(self:_Finder, calls, rest, confirm):
-    "The absorbers before the BatchNorm or, failing that, after it"
+    "The absorbers before the BatchNorm or, failing that, after it, and whether what follows may meet other strides"
     whys = []
     for before in (False, True):
         try:
             if before and rest: raise Stop(f'{naming(rest[0])} stands between')
             absorbs,ways = self.absorbers(calls, before)
             if confirm: confirm(absorbs, ways)
-            return absorbs
+            strided = any(c.op in ORDERS | PARTS | {'view'} for way in ways for c in way)
+            if strided and not confirm: raise Unknown('what follows it would meet a tensor with other strides')
+            return absorbs, strided
         except Stop as e: whys.append(e)
     kind = Unknown if any(isinstance(e, Unknown) for e in whys) else Stop
     raise kind(f'before it: {whys[0]}; after it: {whys[1]}')

@@ -5,18 +5,17 @@
 # %% auto #0
 __all__ = ['plain_batchnorm', 'trace_flow', 'under']
 
-# %% ../../nbs/03_fold.trace.ipynb #f265713d
+# %% ../../nbs/03_fold.trace.ipynb #8660ce05
 import inspect,operator,threading
 from itertools import product
 from math import prod
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.proxy import ParameterProxy
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from .flow import Entry, Flow, Value, naming, untouched, values_in
+from .flow import SHAPED_LIKE, Entry, Flow, Value, naming, untouched, values_in
 from .layers import LAYERS, layer_call, out_channels
 
 # %% ../../nbs/03_fold.trace.ipynb #2ab8d9f2
@@ -33,7 +32,15 @@ def plain_batchnorm(
     "Is `m` a BatchNorm whose `forward` is PyTorch's own?"
     return isinstance(m, _BatchNorm) and 'forward' not in vars(m) and type(m).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
-# %% ../../nbs/03_fold.trace.ipynb #684dbfdb
+# %% ../../nbs/03_fold.trace.ipynb #0624eb91
+class _Held(fx.Proxy):
+    "Stands in for a parameter or buffer, whose shape and kind are known"
+    def __init__(self, node, tracer, held): super().__init__(node, tracer); self.held = held
+    shape,dtype,device,ndim = (property(lambda self, n=n: getattr(self.held, n)) for n in ('shape', 'dtype', 'device', 'ndim'))
+    def size(self, *args): return self.held.size(*args)
+    def dim(self): return self.held.dim()
+    def numel(self): return self.held.numel()
+
 class _Tracer(fx.Tracer):
     "Traces `root`, a part of `model`, through all that it calls, but for the `opaque` modules; `choices` are the ways taken so far"
     def __init__(self, names, params, opaque, choices):
@@ -64,7 +71,7 @@ class _Tracer(fx.Tracer):
         if name is None: return t
         if name not in self.proxies:
             node = self.create_node('get_attr', name, (), {})
-            self.proxies[name] = ParameterProxy(self, node, name, t)
+            self.proxies[name] = _Held(node, self, t)
         return self.proxies[name]
 
     def create_arg(self, a):
@@ -135,7 +142,7 @@ def _trace_all(m, names, params, opaque):
             choices[-1] = False
     return traced
 
-# %% ../../nbs/03_fold.trace.ipynb #71769a82
+# %% ../../nbs/03_fold.trace.ipynb #aafafbca
 _keep_shape = {'relu', 'relu6', 'leaky_relu', 'prelu', 'elu', 'selu', 'celu', 'gelu', 'silu', 'mish', 'sigmoid', 'tanh', 'hardtanh',
                'hardswish', 'hardsigmoid', 'softplus', 'dropout', 'dropout1d', 'dropout2d', 'dropout3d', 'alpha_dropout', 'contiguous',
                'batch_norm', 'layer_norm', 'group_norm', 'clamp'}
@@ -150,7 +157,7 @@ def _broadcast(a, b):
     return tuple(q if p == 1 else p if q == 1 or p == q else None for p,q in zip(a, b))
 
 def _cat_shape(tensors, dim=0):
-    shapes = [v.shape for v in tensors]
+    shapes = [getattr(v, 'shape', None) for v in tensors]
     if None in shapes or len({len(s) for s in shapes}) > 1: return None
     along = [s[dim] for s in shapes]
     out = [*shapes[0]]
@@ -173,19 +180,21 @@ def _layer_shape(op, call):
 def _shape_of(op, args, kwargs):
     "What is known of the shape of what `op` gives: `None` for an unknown size, `None` in its stead for an unknown rank"
     x = args[0] if args else None
-    if op in LAYERS and args[1].shape is not None: return _layer_shape(op, layer_call(op, args, kwargs))
+    if op in LAYERS and isinstance(x, Value) and args[1].shape is not None: return _layer_shape(op, layer_call(op, args, kwargs))
     if op in ('add', 'sub', 'mul', 'truediv'): return _broadcast(*(a.shape if isinstance(a, Value) else () for a in args[:2]))
     if op == 'cat': return _cat_shape(*args, **kwargs)
+    if op in SHAPED_LIKE: return args[1]
+    if not isinstance(x, Value): return None
     if op == 'flatten': return _flatten_shape(*args, **kwargs)
     if op in ('view', 'reshape'): return _sizes(args[1] if isinstance(args[1], (tuple, list)) else args[1:])
-    if not isinstance(x, Value) or x.shape is None: return None
+    if x.shape is None: return None
     if op in _keep_shape: return x.shape
     if 'pool' in op and op[-1:] == 'd':
         n = int(op[-2])
         size = (_sizes(args[1])*n)[:n] if op.startswith('adaptive') and len(args) == 2 else (None,)*n
         return x.shape[:-n] + size
 
-# %% ../../nbs/03_fold.trace.ipynb #127befbb
+# %% ../../nbs/03_fold.trace.ipynb #624d61f4
 def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
     "The arguments of `F.batch_norm` in the order of PyTorch's own operation"
     return input, weight, bias, running_mean, running_var, training, momentum, eps
@@ -218,7 +227,7 @@ class _Graph:
             return node
         op,inplace = _op_name(node.target, args)
         if op in _metadata or not values_in((args, kwargs)): return node
-        if op == 'getitem' and isinstance(args[0], tuple): return args[0][args[1]]
+        if op == 'getitem' and isinstance(args[0], (tuple, list)): return args[0][args[1]]
         if op == 'batch_norm': args,kwargs = _batch_norm(*args, **kwargs), {}
         parts = [u.args[1] for u in node.users if u.op == 'call_function' and u.target is operator.getitem and isinstance(u.args[1], int)]
         n = max(parts, default=-1)+1 if op in ('chunk', 'split', 'unbind') and len(parts) == len(node.users) else 0

@@ -1,0 +1,77 @@
+"""How many BatchNorms are folded in real networks, and whether a single output changes.
+
+    python benchmarks/coverage.py                 # the zoo
+    python benchmarks/coverage.py --only resnet   # a part of it
+
+Each network is built with random weights and statistics in float64, folded with an example and without, and run. Results are kept a network at a time, so
+that a stopped run goes on where it was."""
+import argparse, json, time
+from collections import Counter
+
+import torch
+from fastprogress import progress_bar
+
+from common import build, environment, here, randomise, results
+from fasterai.fold.verify import difference, run
+from fasterai.misc.bn_folding import BN_Folder
+
+limit = 1e-9 # relative, float64: rounding is 1e-13, a wrong fold 1e-2 and more
+
+
+def try_fold(model, example, args):
+    "One fold: how many, how far apart, why the rest was kept"
+    bn, start = BN_Folder(), time.perf_counter()
+    new = bn.fold(model, *example)
+    seconds = time.perf_counter() - start
+    error = difference(run(model, args, {}), run(new, args, {})).relative
+    return dict(folded=bn.report.folded, total=len(bn.report), error=error, wrong=not error < limit, seconds=round(seconds, 3),
+                kept=Counter(r.why for r in bn.report if r.why).most_common(5))
+
+
+def measure(source, name):
+    "One network, with an example and without"
+    model, args = build(source, name)
+    model = randomise(model).double()
+    args = tuple(a.double() if isinstance(a, torch.Tensor) else [t.double() for t in a] for a in args)
+    return {kind: attempt(model, example, args) for kind, example in (('with', args), ('without', ()))}
+
+
+def attempt(*args):
+    try: return try_fold(*args)
+    except Exception as e: return dict(crashed=f'{type(e).__name__}: {e}'[:300])
+
+
+def summary(found):
+    "A line a network, worst first"
+    for name, r in found.items():
+        w, o = r['with'], r['without']
+        goal = r.get('goal')
+        flag = 'CRASHED' if 'crashed' in w or 'crashed' in o else 'WRONG' if w['wrong'] or o['wrong'] else 'FEWER' if goal is not None and w['folded'] < goal else ''
+        yield f"{name:45} {w.get('folded', '-'):>4}/{w.get('total', '-'):<4} goal {goal if goal is not None else '-':>4}  without {o.get('folded', '-'):>4}  error {w.get('error', float('nan')):.0e} {o.get('error', float('nan')):.0e}  {flag} {w.get('crashed', '')}{o.get('crashed', '')}"
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument('--only', default='', help='networks whose name contains this')
+    p.add_argument('--again', action='store_true', help='measure what was measured before, too')
+    p.add_argument('--list', default=str(here/'zoo.json'), help='a list of networks like zoo.json')
+    p.add_argument('--out', default=str(results/'coverage.json'))
+    a = p.parse_args()
+    networks = [n for n in json.load(open(a.list))['networks'] if a.only in n['name']]
+    results.mkdir(exist_ok=True)
+    try: found = json.load(open(a.out))['networks']
+    except FileNotFoundError: found = {}
+    for n in progress_bar(networks):
+        key = f"{n['source']}/{n['name']}"
+        if key in found and not a.again: continue
+        found[key] = dict(measure(n['source'], n['name']), goal=n.get('linear_fold'))
+        json.dump(dict(environment=environment(), networks=found), open(a.out, 'w'), indent=1)
+    mine = {k: r for k, r in found.items() if a.only in k}
+    print('\n'.join(summary(mine)))
+    done = [r['with'] for r in mine.values() if 'folded' in r['with']]
+    print(f"\n{sum(r['folded'] for r in done)} of {sum(r['total'] for r in done)} BatchNorms folded in {len(done)} networks, "
+          f"{sum(r['wrong'] for r in done)} wrong; without an example {sum(r['without'].get('folded', 0) for r in mine.values())}, "
+          f"{sum(r['without'].get('wrong', False) for r in mine.values())} wrong")
+
+
+if __name__ == '__main__': main()
