@@ -5,8 +5,26 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/20_fold.learner.ipynb #8c2fb285
+# %% ../../nbs/20_fold.learner.ipynb #9e32cd67
+import copy
+
 from fastai.learner import Learner
 from fastcore.basics import patch
+from fastcore.foundation import L
 
 from ..misc.bn_folding import BN_Folder
+
+# %% ../../nbs/20_fold.learner.ipynb #1b454ac1
+@patch
+def fold_bn(self:Learner,
+    *xs, # An example, as the model takes it; a batch of the validation set where it is left out
+    **kwargs, # More of the example, by name
+)->Learner: # With the same data, loss, metrics, splitter and callbacks; its `bn_report` says what became of each BatchNorm
+    "A Learner with the BatchNorms of this one's model folded"
+    folder = BN_Folder()
+    model = folder.fold(self, *xs, **kwargs)
+    new = copy.copy(self)
+    new.model,new.opt,new.cbs,new.bn_report = model,None,L(),folder.report
+    new.metrics = [copy.copy(m) for m in self.metrics]
+    new.add_cbs([copy.copy(cb) for cb in self.cbs]) # each callback knows one Learner
+    return new

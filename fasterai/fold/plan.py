@@ -60,7 +60,7 @@ class Row:
         n = len({a.layer for a in self.absorbs})
         return f"{'' if n == 1 else f'{n} × '}{'/'.join(ops)}, {side} it" + (f" ({', '.join(self.rest)} stay)" if self.rest else '')
 
-# %% ../../nbs/06_fold.plan.ipynb #3fdf5a67
+# %% ../../nbs/06_fold.plan.ipynb #0d529f40
 @dataclass(frozen=True, eq=False)
 class Plan:
     "What becomes of every BatchNorm of a model, in the order in which they run"
@@ -68,6 +68,11 @@ class Plan:
 
     def __iter__(self): return iter(self.rows)
     def __len__(self): return len(self.rows)
+    @property
+    def places(self):
+        "Names of the modules behind which the folded model must agree with the original"
+        names = [n for r in self for n in ([a.layer for a in r.absorbs] if r.folded and r.absorbs[0].before else [r.name] if r.folded else [])]
+        return [n for n in dict.fromkeys(names) if n]
     def __getitem__(self, name): return next(r for r in self.rows if r.name == name)
 
 # %% ../../nbs/06_fold.plan.ipynb #43a4adf2

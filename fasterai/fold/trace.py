@@ -108,7 +108,7 @@ class _Reads(TorchFunctionMode):
 _metadata = {'size', 'dim', 'ndim', 'ndimension', 'shape', 'dtype', 'device', 'numel', 'nelement', 'stride', 'is_contiguous',
              'is_floating_point', 'is_complex', 'is_cuda', 'layout', 'requires_grad', 'element_size', 'get_device', '_assert'}
 
-# %% ../../nbs/03_fold.trace.ipynb #eec2c87a
+# %% ../../nbs/03_fold.trace.ipynb #a6520307
 def _variants(m):
     "Ways to call `m.forward`: each optional argument given or left out"
     ps = [p for p in inspect.signature(type(m).forward).parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
@@ -120,7 +120,7 @@ def _trace_one(m, names, params, opaque, concrete, choices):
     "One way through `m`: the tracer and its graph (`None` where it ends in a failed assertion)"
     tracer = _Tracer(names, params, opaque, choices)
     tracer.stack.append(names[m])
-    with _Reads(params, tracer.read):
+    with untouched(m), _Reads(params, tracer.read): # each way starts from the same attributes
         try: return tracer, tracer.trace(m, concrete)
         except AssertionError:
             if not tracer.choices: raise
@@ -142,7 +142,7 @@ def _trace_all(m, names, params, opaque):
             choices[-1] = False
     return traced
 
-# %% ../../nbs/03_fold.trace.ipynb #aafafbca
+# %% ../../nbs/03_fold.trace.ipynb #b54e5e13
 _keep_shape = {'relu', 'relu6', 'leaky_relu', 'prelu', 'elu', 'selu', 'celu', 'gelu', 'silu', 'mish', 'sigmoid', 'tanh', 'hardtanh',
                'hardswish', 'hardsigmoid', 'softplus', 'dropout', 'dropout1d', 'dropout2d', 'dropout3d', 'alpha_dropout', 'contiguous',
                'batch_norm', 'layer_norm', 'group_norm', 'clamp'}
@@ -183,7 +183,7 @@ def _shape_of(op, args, kwargs):
     if op in LAYERS and isinstance(x, Value) and args[1].shape is not None: return _layer_shape(op, layer_call(op, args, kwargs))
     if op in ('add', 'sub', 'mul', 'truediv'): return _broadcast(*(a.shape if isinstance(a, Value) else () for a in args[:2]))
     if op == 'cat': return _cat_shape(*args, **kwargs)
-    if op in SHAPED_LIKE: return args[1]
+    if op in SHAPED_LIKE: return getattr(args[1], 'shape', None)
     if not isinstance(x, Value): return None
     if op == 'flatten': return _flatten_shape(*args, **kwargs)
     if op in ('view', 'reshape'): return _sizes(args[1] if isinstance(args[1], (tuple, list)) else args[1:])
@@ -194,7 +194,7 @@ def _shape_of(op, args, kwargs):
         size = (_sizes(args[1])*n)[:n] if op.startswith('adaptive') and len(args) == 2 else (None,)*n
         return x.shape[:-n] + size
 
-# %% ../../nbs/03_fold.trace.ipynb #624d61f4
+# %% ../../nbs/03_fold.trace.ipynb #f01ab514
 def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
     "The arguments of `F.batch_norm` in the order of PyTorch's own operation"
     return input, weight, bias, running_mean, running_var, training, momentum, eps
@@ -212,7 +212,7 @@ class _Graph:
     def __init__(self, flow, tracer, graph):
         self.flow,self.of = flow,{}
         for node in graph.nodes: self.of[node] = self.read(node, node.meta['stack'])
-        values = lambda tree: [v for p in values_in(tree, fx.Proxy) if isinstance(v := self.of[p.node], Value)]
+        values = lambda tree: [v for p in values_in(tree, fx.Proxy) if isinstance(v := self.of.get(p.node), Value)]
         flow.entries += [Entry(stack[-1], stack, values(args), values(out)) for stack,args,out in tracer.calls]
         for name in tracer.read: flow.params[name].outside = 'a computation on weights'
 
@@ -249,14 +249,14 @@ class _Graph:
         self.flow.add(op, args, kwargs, list(outs), stack, inplace)
         return outs if parts else outs[0]
 
-# %% ../../nbs/03_fold.trace.ipynb #c551e8cc
+# %% ../../nbs/03_fold.trace.ipynb #f5cc40b7
 def trace_flow(
     model:nn.Module, # Not run, and not changed
 )->Flow: # For every input
     "The flow of `model` as its `forward`s tell it"
     flow,opaque,seen = Flow(model),set(),set()
     names = {m: n for n,m in model.named_modules()}
-    with _lock, untouched(model):
+    with _lock:
         for name,m in model.named_modules():
             if m in seen and type(m) not in opaque or any(under(name, f) for f in flow.failed): continue
             if type(m).forward is nn.Module.forward or name and not m._modules: continue

@@ -98,7 +98,7 @@ class BN_Folder:
         _check_model(model)
         return model, xs
 
-# %% ../../nbs/10_misc.bn_folding.ipynb #d3c559cf
+# %% ../../nbs/10_misc.bn_folding.ipynb #5ac9e919
 def _clone(tree):
     "A copy of the tensors in `tree`"
     if isinstance(tree, Tensor): return tree.detach().clone()
@@ -174,8 +174,7 @@ class _Fold:
             if found.relative <= 1e-2: return
             exact = found
         if exact.relative <= tolerance(torch.float64): return
-        places = [n for r in plan if r.folded for n in (dict.fromkeys(a.layer for a in r.absorbs) if r.absorbs[0].before else [r.name])]
-        at = first_difference(model, new, xs, kwargs, [n for n in places if n])
+        at = first_difference(model, new, xs, kwargs, plan.places)
         if not at and exact is not found: return # each fold agrees; what follows, such as a sort, makes much of little
         raise FoldError(f"the folded model's outputs differ by {exact.largest:.3g} (relative {exact.relative:.2g})" + (f", first at `{at}`" if at else '') +
                         ". The original is as it was. This is a bug of the folder: please report the model")
