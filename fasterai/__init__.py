@@ -1,1 +1,5 @@
 __version__ = "0.0.1"
+"Fold BatchNorm into the layers beside it"
+from importlib.metadata import version
+
+__version__ = version('fasterai')

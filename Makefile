@@ -1,0 +1,29 @@
+# Two commands for a new user: `make demo` and `make test`. Each builds its own environment in .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test export clean-notebooks bench dist
+
+demo: $(VENV)/done ## Train on real digits, fold, compare, export, load, predict
+	$(BIN)/python demo.py
+
+test: $(VENV)/done ## Every notebook and every test
+	$(BIN)/python -m pytest
+
+export: $(VENV)/done ## Write the package and README.md from the notebooks
+	$(BIN)/nbdev-export
+	$(BIN)/nbdev-clean
+	$(BIN)/python tools/readme.py
+
+bench: $(VENV)/done ## Coverage over the zoo (resumable), then the cost of a fold
+	cd benchmarks && ../$(BIN)/python coverage.py && ../$(BIN)/python cost.py
+
+dist: $(VENV)/done ## A wheel and an sdist
+	$(BIN)/python -m build
+
+$(VENV)/done: settings.ini setup.py pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $@
