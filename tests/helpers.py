@@ -59,12 +59,18 @@ def norms(model): return [n for n, m in model.named_modules() if isinstance(m, _
 
 
 class Net(nn.Module):
-    "A network from named layers and a function of itself and its inputs"
-    def __init__(self, forward, **layers):
+    "A network of named layers"
+    def __init__(self, **layers):
         super().__init__()
         for name, m in layers.items(): setattr(self, name, m)
-        self.run = forward
-    def forward(self, *args, **kwargs): return self.run(self, *args, **kwargs)
 
 
-def net(forward, **layers): return randomise(Net(forward, **layers))
+def net(forward, kind=Net, **layers):
+    "A network from named layers and a `forward` of itself and its inputs"
+    return randomise(type('Net', (kind,), {'forward': forward})(**layers))
+
+
+def asserting(m, x):
+    "A `forward` with an assertion (here, as pytest rewrites those in test modules)"
+    assert x.shape[1] == 4, 'four channels'
+    return m.bn(m.conv(x))

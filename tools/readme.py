@@ -28,5 +28,5 @@ def render(nb):
 
 text = '\n\n'.join(render(read_nb(root/'nbs'/'index.ipynb'))) + '\n'
 readme = root/'README.md'
-if '--check' in sys.argv: sys.exit('' if readme.read_text() == text else 'README.md is not what nbs/index.ipynb renders to: run `make export`')
+if '--check' in sys.argv: sys.exit(None if readme.read_text() == text else 'README.md is not what nbs/index.ipynb renders to: run `make export`')
 readme.write_text(text)

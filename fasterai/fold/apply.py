@@ -16,7 +16,7 @@ from .affine import batchnorm_affine, take, then
 from .layers import absorb, absorb_batchnorm
 from .plan import Plan, Row, plan_folds
 
-# %% ../../nbs/07_fold.apply.ipynb #839792c1
+# %% ../../nbs/07_fold.apply.ipynb #8d1a32e1
 class Unfit(ArithmeticError):
     "A folded weight does not fit its dtype; `layer` says whose"
     def __init__(self, layer): super().__init__(layer); self.layer = layer
@@ -56,7 +56,7 @@ def new_weights(
             w2,b2 = absorb_batchnorm(m.running_mean, m.running_var, w, b, m.eps, before, after)
         else: w2,b2 = absorb(a.op, w, b, a.groups, before, after)
         if not _finite(w2, b2) and _finite(w, b): raise Unfit(a.layer)
-        new[weight],new[a.bias or f'{a.layer}.bias' if a.layer else 'bias'] = w2,b2
+        new[weight],new[a.bias or f'{a.layer}.bias'.removeprefix('.')] = w2,b2
     return new
 
 # %% ../../nbs/07_fold.apply.ipynb #9d5a1c99
@@ -75,7 +75,7 @@ def become(
     object.__setattr__(m, '__class__', type(new))
     object.__setattr__(m, '__dict__', new.__dict__)
 
-# %% ../../nbs/07_fold.apply.ipynb #475be0b8
+# %% ../../nbs/07_fold.apply.ipynb #c3ec433f
 def _gain_bias(layer, attr, bias):
     "Give `layer` its first bias, learned if its weight is"
     layer._parameters[attr] = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
@@ -91,7 +91,7 @@ def folded_copy(
     new:dict, # From `new_weights`
 )->nn.Module: # Same class, names, devices, dtypes, memory formats, modes and `requires_grad`
     "A deep copy of `model` with the plan carried out; weights that are rewritten are not copied first"
-    memo = {}
+    memo = {id(v): v.detach().clone() for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf} # deepcopy refuses these
     for name,t in new.items():
         m,attr = _holder(model, name)
         if (p := m._parameters[attr]) is not None: memo[id(p)] = type(p)(t, requires_grad=p.requires_grad)

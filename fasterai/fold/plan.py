@@ -37,7 +37,7 @@ class Absorb:
 
     def same(self, o): return (self.layer, self.op, self.before, self.shift) == (o.layer, o.op, o.before, o.shift) and torch.equal(self.index, o.index)
 
-# %% ../../nbs/06_fold.plan.ipynb #22c3320b
+# %% ../../nbs/06_fold.plan.ipynb #128b5f8c
 @dataclass(frozen=True, eq=False)
 class Row:
     "What becomes of one BatchNorm"
@@ -52,7 +52,7 @@ class Row:
     @property
     def folded(self): return not self.why
     @property
-    def into(self): return ', '.join(dict.fromkeys(a.layer for a in self.absorbs))
+    def into(self): return ', '.join(dict.fromkeys(a.layer if a.weight == f'{a.layer}.weight' else a.weight for a in self.absorbs))
     @property
     def how(self):
         if not self.folded: return ''
@@ -127,7 +127,7 @@ class _Finder:
         try: return all(nothing(l) for _,l in CARRIERS[call.op].down(call, v, label))
         except Stop: return False
 
-# %% ../../nbs/06_fold.plan.ipynb #ae082e20
+# %% ../../nbs/06_fold.plan.ipynb #995e7b38
 @patch
 def down(self:_Finder, v, label):
     "The absorbers, as `(call, Absorb)`, that make up for `v` coming without what `label` says"
@@ -147,18 +147,22 @@ def reader(self:_Finder, call, v, label):
     if carrier is None or carrier.down is None: raise Stop(f'{self.what(call)} stands between')
     return [(call, None)] + [a for o,l in carrier.down(call, v, label) if not nothing(l) for a in self.down(o, l)]
 
+_fresh = {*LAYERS, 'batch_norm', 'cat', 'add', 'sub', 'mul', 'mean'} # their output is in memory of its own
+
 @patch
-def fresh(self:_Finder, v):
-    "Is `v` in memory of its own?"
-    while v.call and self.bn_of(v.call) in self.folded: v = v.call.args[0]
-    return v.call is not None and (v.call.op in LAYERS or v.call.op in ('batch_norm', 'cat', 'add', 'sub', 'mul') and not v.call.inplace)
+def origin(self:_Finder, v):
+    "What made the memory that `v` is in: a call, or a value that came from outside; `None` if that is not known"
+    while v.call and (self.bn_of(v.call) in self.folded or v.call.inplace or v.call.op in ORDERS | PARTS): v = v.call.args[0]
+    return v if v.call is None else v.call if v.call.op in _fresh else None
 
 @patch
 def nothing_written(self:_Finder, bn, calls):
-    "Nothing may be written in place while the BatchNorm's input stands in for its output"
+    "Nothing may write into the BatchNorm's input while it stands in for the output"
+    mine = self.origin(bn.args[0])
     for call in self.flow.calls[bn.index+1:max(c.index for c in calls)]:
-        written = call.args[0] if call.args else None
-        if call.inplace and not (isinstance(written, Value) and self.fresh(written)): raise Stop(f'{self.what(call)} writes in place before its output is read')
+        if not call.inplace: continue
+        target = self.origin(call.args[0]) if call.args and isinstance(call.args[0], Value) else None
+        if mine is None or not isinstance(target, Call) or target is mine: raise Stop(f'{self.what(call)} writes in place before its output is read')
 
 # %% ../../nbs/06_fold.plan.ipynb #5ee2efc7
 @patch

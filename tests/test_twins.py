@@ -1,0 +1,217 @@
+"What others get wrong: each case that must not fold, beside its twin that must."
+import functools
+
+import pytest, torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import prune
+
+from helpers import Net, asserting, fold, net, norms, randomise
+
+x = torch.randn(3, 4, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+flat = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+def conv(i=4, o=4, k=3, **kw): return nn.Conv2d(i, o, k, **{'padding': k//2, **kw})
+def bn(c=4, **kw): return nn.BatchNorm2d(c, **kw)
+def lin(i=4, o=4): return nn.Linear(i, o)
+def bn1(c=4): return nn.BatchNorm1d(c)
+
+
+class Bag(Net):
+    "Holds its layers a second time, in a plain list"
+    def __init__(self, **layers): super().__init__(**layers); self.bag = [*layers.values()]
+
+
+def hooked(m): m.register_forward_hook(lambda m, x, y: None); return m
+
+
+folds = dict( # every BatchNorm is folded, with an example and without
+    declared_last_first=lambda: net(lambda m, x: m.conv(m.first(x)), conv=conv(k=1), first=bn()),
+    run_order_is_not_declared_order=lambda: net(lambda m, x: m.b(m.c2(m.a(m.c1(x)))), b=bn(), c1=conv(), a=bn(), c2=conv()),
+    pair_called_twice=lambda: net(lambda m, x: m.bn(m.conv(m.bn(m.conv(x)).relu())), conv=conv(), bn=bn()),
+    two_batchnorms=lambda: net(lambda m, x: m.b(m.a(m.conv(x))), conv=conv(), a=bn(), b=bn()),
+    sum_of_two=lambda: net(lambda m, x: m.bn(m.a(x) + m.b(x)), a=conv(), b=conv(k=1), bn=bn()),
+    sum_written_in_place=lambda: net(lambda m, x: m.bn(m.a(x).add_(m.b(x))), a=conv(), b=conv(k=1), bn=bn()),
+    difference_of_two=lambda: net(lambda m, x: m.bn(m.a(x) - m.b(x)), a=conv(), b=conv(k=1), bn=bn()),
+    concatenation=lambda: net(lambda m, x: m.bn(torch.cat([m.a(x), m.b(x)], 1)), a=conv(), b=conv(o=2), bn=bn(6)),
+    before_a_concatenation=lambda: net(lambda m, x: m.c(torch.cat([m.bn(x), x], dim=1)), bn=bn(), c=conv(8, 3, 1)),
+    several_readers=lambda: net(lambda m, x: m.a(y := m.bn(x)) + m.b(y), bn=bn(), a=conv(k=1), b=conv(k=1)),
+    relu_in_place_afterwards=lambda: net(lambda m, x: m.bn(m.conv(x)).relu_(), conv=conv(), bn=bn()),
+    pooled=lambda: net(lambda m, x: m.bn(F.avg_pool2d(m.conv(x), 2)), conv=conv(), bn=bn()),
+    pooled_flattened_dropped=lambda: net(lambda m, x: m.fc(m.drop(m.bn(x).mean((2, 3)))), bn=bn(), drop=nn.Dropout(), fc=lin()),
+    pixel_shuffled=lambda: net(lambda m, x: m.bn(F.pixel_shuffle(m.conv(x), 2)), conv=conv(o=16), bn=bn()),
+    interpolated=lambda: net(lambda m, x: m.bn(F.interpolate(m.conv(x), scale_factor=2, mode='bilinear')), conv=conv(), bn=bn()),
+    reflected=lambda: net(lambda m, x: m.conv(F.pad(m.bn(x), (1, 1, 1, 1), mode='reflect')), bn=bn(), conv=conv(padding=0)),
+    held_in_a_list=lambda: net(lambda m, x: m.bag[1](m.bag[0](x)), Bag, conv=conv(), bn=bn()),
+    two_names=lambda: net(lambda m, x: m.again(m.conv(x)), conv=conv(), bn=(b := bn()), again=b),
+    nested=lambda: net(lambda m, x: m.bn(m.body(x)), body=nn.Sequential(nn.Sequential(conv())), bn=bn()),
+    hook_elsewhere=lambda: net(lambda m, x: m.act(m.bn(m.conv(x))), conv=conv(), bn=bn(), act=hooked(nn.ReLU())),
+    frozen_weights=lambda: net(lambda m, x: m.bn(m.conv(x)), conv=conv().requires_grad_(False), bn=bn()),
+    flatten_before=lambda: net(lambda m, x: m.bn(m.fc(x.flatten(1))), fc=lin(144), bn=bn1()),
+    shape_asked_between=lambda: net(lambda m, x: m.bn(c) if (c := m.conv(x)).shape[1] == 4 else m.bn(c).relu(), conv=conv(), bn=bn()),
+    both_ways_fold=lambda: net(lambda m, x: m.bn(m.conv(x)) if x.mean() > 0 else m.bn(m.conv(x)).relu(), conv=conv(), bn=bn()),
+)
+keeps = dict( # no BatchNorm is folded, with an example or without; the reason names what stands in the way
+    first_in_its_container=(lambda: net(lambda m, x: m.conv(m.bn(x).relu()), bn=bn(), conv=conv()), 'relu'),
+    declared_in_pairs_only=(lambda: net(lambda m, x: m.conv(m.bn(x)), conv=conv(), bn=bn()), 'pads with zeros'),
+    activation_called_between=(lambda: net(lambda m, x: m.bn(F.relu(m.conv(x))), conv=conv(), bn=bn()), 'relu'),
+    output_read_twice=(lambda: net(lambda m, x: m.bn(c := m.conv(x)) + c, conv=conv(), bn=bn()), 'also read by `add`'),
+    output_returned=(lambda: net(lambda m, x: (m.bn(c := m.conv(x)), c), conv=conv(), bn=bn()), 'also read by the caller'),
+    output_returned_in_a_dict=(lambda: net(lambda m, x: {'y': m.bn(c := m.conv(x)), 'c': [c]}, conv=conv(), bn=bn()), 'also read by the caller'),
+    own_output_returned=(lambda: net(lambda m, x: (m.conv(b := m.bn(x)), b), conv=conv(k=1), bn=bn()), 'also read by the caller'),
+    layer_called_twice=(lambda: net(lambda m, x: m.bn(m.conv(m.conv(x))), conv=conv(), bn=bn()), 'called 2 times'),
+    one_layer_two_batchnorms=(lambda: net(lambda m, x: m.a(c := m.conv(x)).relu() + m.b(c).relu(), conv=conv(), a=bn(), b=bn()), 'also read by'),
+    one_batchnorm_after_a_layer_and_without=(lambda: net(lambda m, x: m.bn(m.conv(x)).relu() + m.bn(x).relu(), conv=conv(), bn=bn()), ''),
+    weight_read_elsewhere=(lambda: net(lambda m, x: m.bn(m.conv(x)) * m.conv.weight.mean(), conv=conv(), bn=bn()), 'weight is also read'),
+    weight_used_by_a_function=(lambda: net(lambda m, x: m.bn(m.conv(x)) + F.conv2d(x, m.conv.weight, padding=1), conv=conv(), bn=bn()), ''),
+    bias_read_elsewhere=(lambda: net(lambda m, x: m.bn(m.conv(x)) + m.conv.bias.sum(), conv=conv(), bn=bn()), 'also read'),
+    batchnorm_weight_read_elsewhere=(lambda: net(lambda m, x: m.bn(m.conv(x)) + m.bn.weight.sum(), conv=conv(), bn=bn()), '`bn.weight` is also read'),
+    half_of_the_sum_has_no_layer=(lambda: net(lambda m, x: m.bn(m.conv(x) + x), conv=conv(), bn=bn()), ''),
+    same_layer_on_both_sides_of_a_sum=(lambda: net(lambda m, x: m.bn((c := m.conv(x)) + c), conv=conv(), bn=bn()), ''),
+    spread_over_the_channels=(lambda: net(lambda m, x: m.bn(m.a(x) + m.b(x)), a=conv(), b=conv(o=1), bn=bn()), 'spread over the channels'),
+    counts_padded_zeros=(lambda: net(lambda m, x: m.bn(F.avg_pool2d(m.conv(x), 3, 1, 1)), conv=conv(), bn=bn()), 'padded zeros'),
+    max_pool=(lambda: net(lambda m, x: m.bn(F.max_pool2d(m.conv(x), 2)), conv=conv(), bn=bn()), 'max_pool2d'),
+    zero_padded_by_a_function=(lambda: net(lambda m, x: m.conv(F.pad(m.bn(x), (1, 1, 1, 1))), bn=bn(), conv=conv(padding=0)), 'pad'),
+    padded_1x1=(lambda: net(lambda m, x: m.conv(m.bn(x)), bn=bn(), conv=conv(k=1, padding=1)), 'pads with zeros'),
+    one_of_two_readers_pads=(lambda: net(lambda m, x: m.a(y := m.bn(x)) + m.b(y), bn=bn(), a=conv(k=1), b=conv()), 'pads with zeros'),
+    hook_on_the_layer=(lambda: net(lambda m, x: m.bn(m.conv(x)), conv=hooked(conv()), bn=bn()), 'hook'),
+    hook_on_the_batchnorm=(lambda: net(lambda m, x: m.bn(m.conv(x)), conv=conv(), bn=hooked(bn())), 'hook'),
+    hook_on_a_container_between=(lambda: net(lambda m, x: m.bn(m.body(x)), body=hooked(nn.Sequential(conv())), bn=bn()), 'hook'),
+    weight_norm=(lambda: net(lambda m, x: m.bn(m.conv(x)), conv=nn.utils.parametrizations.weight_norm(conv()), bn=bn()), ''),
+    old_weight_norm=(lambda: net(lambda m, x: m.bn(m.conv(x)), conv=nn.utils.weight_norm(conv()), bn=bn()), ''),
+    spectral_norm=(lambda: net(lambda m, x: m.bn(m.conv(x)), conv=nn.utils.parametrizations.spectral_norm(conv()), bn=bn()), ''),
+    pruned=(lambda: net(lambda m, x: m.bn(m.conv(x)), conv=prune.l1_unstructured(conv(), 'weight', .5), bn=bn()), ''),
+    multiplied=(lambda: net(lambda m, x: m.bn(m.conv(x) * m.other(x)), conv=conv(), other=conv(), bn=bn()), 'mul'),
+)
+with_example = dict( # what only a recorded run shows
+    linear_rank_2=lambda: (net(lambda m, x: m.bn(m.fc(x)), fc=lin(), bn=bn1()), flat),
+    linear_flattened=lambda: (net(lambda m, x: m.bn(m.fc(x).flatten(0, 1)).reshape(3, 5, 4), fc=lin(), bn=bn1()), torch.randn(3, 5, 4).double()),
+    linear_transposed=lambda: (net(lambda m, x: m.bn(m.fc(x).transpose(1, 2)).transpose(1, 2), fc=lin(), bn=bn1()), torch.randn(3, 5, 4).double()),
+    qkv=lambda: (net(lambda m, x: m.q(y := m.bn(x)) + m.k(y) * m.v(y), bn=bn1(), q=lin(), k=lin(), v=lin()), flat),
+    slices_apart=lambda: (net(lambda m, x: torch.cat([m.a(c[:, :2]), m.b(c[:, 2:])], 1) if (c := m.conv(x)) is not None else 0, conv=conv(), a=bn(2), b=bn(2)), x),
+    one_slice=lambda: (net(lambda m, x: torch.cat([m.a(p), q], 1) if (c := m.conv(x)) is not None and (p := c[:, :2]) is not None and (q := c[:, 2:].relu()) is not None else 0, conv=conv(), a=bn(2)), x),
+    chunks=lambda: (net(lambda m, x: (lambda a, b: m.a(a) * b.sigmoid())(*m.conv(x).chunk(2, 1)), conv=conv(), a=bn(2)), x),
+    flattened_into_linear=lambda: (net(lambda m, x: m.fc(m.bn(x).flatten(1)), bn=bn(), fc=lin(144, 3)), x),
+    viewed_into_linear=lambda: (net(lambda m, x: m.fc(m.bn(x).view(len(x), -1)), bn=bn(), fc=lin(144, 3)), x),
+    permuted_into_linear=lambda: (net(lambda m, x: m.fc(m.bn(x).permute(0, 2, 3, 1)), bn=bn(), fc=lin(4, 3)), x),
+    stacked_shuffle=lambda: (net(lambda m, x: m.c(m.bn(x).view(-1, 2, 2, 6, 6).transpose(1, 2).flatten(1, 2)), bn=bn(), c=conv(k=1)), x),
+    looped=lambda: (net(lambda m, x: functools.reduce(lambda y, i: m.bn(m.conv(y)).relu(), range(3), x), conv=conv(), bn=bn()), x),
+    weight_of_the_parent=lambda: (net(lambda m, x: m.bn(F.conv2d(x, m.w, m.b)), w=nn.Parameter(torch.randn(4, 4, 3, 3)), b=nn.Parameter(torch.randn(4)), bn=bn()), x),
+    keyword_inputs=lambda: (net(lambda m, a, b: m.bn(m.conv(a + b)), conv=conv(), bn=bn()), x, x),
+    list_input=lambda: (net(lambda m, xs: [m.bn(m.conv(x)) for x in xs], conv=conv(), bn=bn()), [x, x[:1]]),
+)
+without_bias = lambda m, x: F.conv2d(x, m.weight, None, m.stride, m.padding)
+class Deaf(nn.Conv2d):
+    "Ignores its bias"
+    def forward(self, x): return without_bias(self, x)
+class Loud(nn.Conv2d):
+    "Does more than convolve"
+    def forward(self, x): return super().forward(x) * 2
+class Same(nn.Conv2d):
+    "Pads by itself, as timm's Conv2dSame does, where the size asks for it"
+    def forward(self, x):
+        p = max((-(-x.shape[-1]//self.stride[0])-1)*self.stride[0] + self.kernel_size[0] - x.shape[-1], 0)
+        return F.conv2d(F.pad(x, (p//2, p-p//2)*2), self.weight, self.bias, self.stride)
+class IfNeeded(nn.Conv2d):
+    "The same, where a size needs it"
+    def forward(self, x): return super().forward(F.pad(x, (0, 1, 0, 1)) if x.shape[-1] % 2 else x)
+class Doubles(nn.BatchNorm2d):
+    "Normalises and more"
+    def forward(self, x): return super().forward(x) * 2
+keeps_with_example = dict(
+    ignores_its_bias=(lambda: (net(lambda m, x: m.bn(m.conv(x)), conv=Deaf(4, 4, 3, bias=False), bn=bn()), x), 'may not use the bias'),
+    scales_its_output=(lambda: (net(lambda m, x: m.bn(m.conv(x)), conv=Loud(4, 4, 3), bn=bn()), x), 'stands between'),
+    own_padding_after=(lambda: (net(lambda m, x: m.conv(m.bn(x)), conv=Same(4, 4, 2, 2), bn=bn()), x), 'pad'),
+    own_padding_where_needed=(lambda: (net(lambda m, x: m.conv(m.bn(x)), conv=IfNeeded(4, 4, 2, 2), bn=bn()), x), 'forward'),
+    padding_where_needed=(lambda: (net(lambda m, x: m.conv(F.pad(m.bn(x), (0, 1)) if x.shape[-1] % 2 else m.bn(x)), conv=conv(k=2, padding=0), bn=bn()), x), ''),
+    batchnorm_that_does_more=(lambda: (net(lambda m, x: m.bn(m.conv(x)), conv=conv(), bn=Doubles(4)), x), ''),
+    overlapping_slices=(lambda: (net(lambda m, x: torch.cat([m.a(c[:, :3]), c[:, 2:].relu()], 1) if (c := m.conv(x)) is not None else 0, conv=conv(), a=bn(3)), x), 'also read'),
+    linear_rank_3=(lambda: (net(lambda m, x: m.bn(m.fc(x)), fc=lin(), bn=bn1()), torch.randn(3, 4, 4).double()), 'normalises axis 1'),
+    written_through_a_view=(lambda: (net(lambda m, x: m.bn(c) if (c := m.conv(x)) is not None and c[:, :2].relu_() is not None else 0, conv=conv(), bn=bn()), x), ''),
+    input_written_later=(lambda: (net(lambda m, x: m.fc(b.flatten(1)) if (y := x*1) is not None and (b := m.bn(y)) is not None and y.zero_() is not None else 0, bn=bn(), fc=lin(144)), x), 'writes in place'),
+    taken_out_by_numpy=(lambda: (net(lambda m, x: m.bn(c) + float(c.detach().numpy().sum()) if (c := m.conv(x)) is not None else 0, conv=conv(), bn=bn()), x), 'numpy'),
+    other_way_on_other_data=(lambda: (net(lambda m, x: m.bn(m.conv(x)) if x.mean() > -9 else m.conv(x), conv=conv(), bn=bn()), x, ), ''),
+    kept_on_the_module=(lambda: (net(lambda m, x: m.bn(m.keep(m.conv(x))), conv=conv(), bn=bn(), keep=Keep()), x), 'also read'),
+)
+class Keep(nn.Module):
+    def forward(self, x): self.last = x; return x
+
+
+@pytest.mark.parametrize('example', [False, True])
+@pytest.mark.parametrize('name', folds)
+def test_folds(name, example):
+    new, report = fold(folds[name](), x, example=example)
+    assert not norms(new), report
+
+
+@pytest.mark.parametrize('example', [False, True])
+@pytest.mark.parametrize('name', keeps)
+def test_keeps(name, example):
+    make, why = keeps[name]
+    m = make()
+    new, report = fold(m, x, example=example)
+    assert norms(new) == norms(m), report
+    assert any(why in r.why for r in report), report
+
+
+@pytest.mark.parametrize('name', with_example)
+def test_folds_with_an_example(name):
+    model, *xs = with_example[name]()
+    new, report = fold(model, *xs)
+    assert not norms(new), report
+    fold(model, *xs, example=False)
+
+
+@pytest.mark.parametrize('name', keeps_with_example)
+def test_keeps_with_an_example(name):
+    make, why = keeps_with_example[name]
+    model, *xs = make()
+    new, report = fold(model, *xs)
+    assert norms(new) == norms(model), report
+    assert any(why in r.why for r in report), report
+    fold(model, *xs, example=False)
+
+
+def test_subclass_that_uses_a_gained_bias_and_pads_by_itself():
+    new, report = fold(net(lambda m, x: m.bn(m.conv(x)), conv=Same(4, 4, 3, 2, bias=False), bn=bn()), x)
+    assert not norms(new)
+
+
+@pytest.mark.parametrize('example', [False, True])
+def test_tied_weights(example):
+    a, b = conv(), conv()
+    b.weight = a.weight
+    m = net(lambda m, x: m.n(m.a(x)) + m.b(x), a=a, b=b, n=bn())
+    new, report = fold(m, x, example=example)
+    assert norms(new) and new.a.weight is new.b.weight
+
+
+def test_every_way_counts():
+    "A recorded run saw one way; the other forbids the fold, and is found on other data"
+    m = net(lambda m, x: m.bn(m.conv(x)) if x.mean() > 0 else m.conv(x), conv=conv(), bn=bn())
+    new, report = fold(m, x.abs(), inputs=[(-x.abs(),)])
+    assert norms(new) and 'chooses its way' in report['bn'].why
+
+
+def test_an_optional_argument_is_tried_both_ways():
+    def forward(m, x, raw=None): return m.conv(x) if raw is not None else m.bn(m.conv(x))
+    class Optional(nn.Module):
+        def __init__(self): super().__init__(); self.conv, self.bn = conv(), bn()
+        def forward(self, x, raw=None): return forward(self, x, raw)
+    new, report = fold(randomise(Optional()), x, example=False)
+    assert norms(new)
+
+
+def test_a_failed_assertion_is_no_way():
+    assert not norms(fold(net(asserting, conv=conv(), bn=bn()), x, example=False)[0])
+
+
+def test_view_that_needs_the_batchnorms_strides():
+    m = net(lambda m, x: m.bn(m.fc(x).transpose(1, 2)).view(3, -1), fc=lin(), bn=bn1())
+    new, report = fold(m, torch.randn(3, 5, 4).double())
+    assert norms(new) and 'strides' in report['bn'].why
+
+
+def test_folding_twice_changes_nothing():
+    new, _ = fold(net(lambda m, x: m.bn(m.conv(x)), conv=conv(), bn=bn()), x)
+    again, report = fold(new, x)
+    assert len(report) == 0 and all(torch.equal(a, b) for a, b in zip(new.parameters(), again.parameters()))
