@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['tensors_in', 'same_random_state', 'record_flow']
 
-# %% ../../nbs/04_fold.record.ipynb #0e5c7f2f
+# %% ../../nbs/04_fold.record.ipynb #88174a87
 import gc,random,sys,threading
 from contextlib import ExitStack, contextmanager
 
@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .flow import Entry, Flow, Value, untouched, values_in
+from .flow import Entry, Flow, Value, read_written_out, untouched, values_in
 
 # %% ../../nbs/04_fold.record.ipynb #87d216db
 def _geometry(t): return t.storage_offset(), tuple(t.shape), t.stride(), t.dtype
@@ -168,7 +168,7 @@ def same_random_state():
             random.setstate(states[0])
             if np: np.random.set_state(states[1])
 
-# %% ../../nbs/04_fold.record.ipynb #8b2f4a0b
+# %% ../../nbs/04_fold.record.ipynb #649cb2d9
 def record_flow(
     model:nn.Module, # Run once, without gradient, and left as it was
     args:tuple, # What its `forward` takes
@@ -182,6 +182,7 @@ def record_flow(
         ctx.callback(recorder.restore)
         with torch._C._AutoDispatchBelowAutograd(), _Leaks(recorder), recorder: out = model(*args, **kwargs)
         _note_alive(recorder, out)
+    read_written_out(recorder.flow)
     recorder.flow.note_hooks()
     return recorder.flow, out
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['plain_batchnorm', 'trace_flow', 'under']
 
-# %% ../../nbs/03_fold.trace.ipynb #8660ce05
+# %% ../../nbs/03_fold.trace.ipynb #d753e1ae
 import inspect,operator,threading
 from itertools import product
 from math import prod
@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from .flow import SHAPED_LIKE, Entry, Flow, Value, naming, untouched, values_in
+from .flow import SHAPED_LIKE, Entry, Flow, Value, naming, read_written_out, untouched, values_in
 from .layers import LAYERS, layer_call, out_channels
 
 # %% ../../nbs/03_fold.trace.ipynb #2ab8d9f2
@@ -249,7 +249,7 @@ class _Graph:
         self.flow.add(op, args, kwargs, list(outs), stack, inplace)
         return outs if parts else outs[0]
 
-# %% ../../nbs/03_fold.trace.ipynb #f5cc40b7
+# %% ../../nbs/03_fold.trace.ipynb #5f305e7e
 def trace_flow(
     model:nn.Module, # Not run, and not changed
 )->Flow: # For every input
@@ -264,6 +264,7 @@ def trace_flow(
             for tracer,graph in _trace_root(m, flow, names, opaque):
                 seen.update(model.get_submodule(stack[-1]) for stack,_,_ in tracer.calls)
                 if graph is not None: _Graph(flow, tracer, graph)
+    read_written_out(flow)
     flow.note_hooks()
     return flow
 
