@@ -16,7 +16,7 @@ from .affine import batchnorm_affine, take, then
 from .layers import absorb, absorb_batchnorm
 from .plan import Plan, Row, plan_folds
 
-# %% ../../nbs/07_fold.apply.ipynb #8d1a32e1
+# %% ../../nbs/07_fold.apply.ipynb #5c653ecd
 class Unfit(ArithmeticError):
     "A folded weight does not fit its dtype; `layer` says whose"
     def __init__(self, layer): super().__init__(layer); self.layer = layer
@@ -39,7 +39,9 @@ def _compose(plan, tensors):
             sides[a.weight] = a,before,after
     return sides
 
-def _finite(*tensors): return all(t is None or t.is_meta or bool(t.isfinite().all()) for t in tensors)
+def _finite(*tensors):
+    "Are all values finite? (A finite sum says so at once)"
+    return all(t is None or t.is_meta or bool(t.sum().isfinite()) or bool(t.isfinite().all()) for t in tensors)
 
 def new_weights(
     model:nn.Module, # Read, not changed
@@ -75,7 +77,7 @@ def become(
     object.__setattr__(m, '__class__', type(new))
     object.__setattr__(m, '__dict__', new.__dict__)
 
-# %% ../../nbs/07_fold.apply.ipynb #c3ec433f
+# %% ../../nbs/07_fold.apply.ipynb #3d73090a
 def _gain_bias(layer, attr, bias):
     "Give `layer` its first bias, learned if its weight is"
     layer._parameters[attr] = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
@@ -95,12 +97,14 @@ def folded_copy(
     for name,t in new.items():
         m,attr = _holder(model, name)
         if (p := m._parameters[attr]) is not None: memo[id(p)] = type(p)(t, requires_grad=p.requires_grad)
+    for row in plan:
+        if not row.folded: continue
+        bn = model.get_submodule(row.name)
+        memo[id(bn)] = copy.deepcopy(_replacement(bn, row.rest), memo)
     out = copy.deepcopy(model, memo)
     for name,t in new.items():
         m,attr = _holder(out, name)
         if m._parameters[attr] is None: _gain_bias(m, attr, t)
-    for row in plan:
-        if row.folded: become(bn := out.get_submodule(row.name), _replacement(bn, row.rest))
     return out
 
 # %% ../../nbs/07_fold.apply.ipynb #9f9470f5

@@ -178,7 +178,7 @@ def _as_batchnorm(flow, entry, calls, own, eps):
     for v in (x, *own): v.readers = [r for r in v.readers if r not in calls] + [call]
     out.call = call
 
-# %% ../../nbs/02_fold.flow.ipynb #d8e6010d
+# %% ../../nbs/02_fold.flow.ipynb #377391ee
 def _shallow(o): return o.copy() if type(o) in (list, dict, set, OrderedDict) else None
 
 @contextmanager
@@ -195,7 +195,7 @@ def untouched(
                 attrs.clear()
                 attrs.update(old)
             for o,content in held:
-                if len(o) != len(content) or any(a is not b for a,b in zip(_items(o), _items(content))): _refill(o, content)
+                if len(o) != len(content) or content and any(a is not b for a,b in zip(_items(o), _items(content))): _refill(o, content)
 
 def _items(o): return [i for kv in o.items() for i in kv] if isinstance(o, dict) else o
 def _refill(o, content):

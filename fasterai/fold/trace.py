@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from .flow import SHAPED_LIKE, Entry, Flow, Value, naming, read_written_out, untouched, values_in
 from .layers import LAYERS, layer_call, out_channels
 
-# %% ../../nbs/03_fold.trace.ipynb #2ab8d9f2
+# %% ../../nbs/03_fold.trace.ipynb #6d18e3c5
 class _Opaque(BaseException): # not an Exception: no `try` in a `forward` may swallow it
     "The trace can't go through `module`"
     def __init__(self, module, why=''): self.module,self.why = module,why
@@ -32,7 +32,13 @@ def plain_batchnorm(
     "Is `m` a BatchNorm whose `forward` is PyTorch's own?"
     return isinstance(m, _BatchNorm) and 'forward' not in vars(m) and type(m).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
-# %% ../../nbs/03_fold.trace.ipynb #0624eb91
+def _known(m):
+    "Does `m` need no look inside? (For speed alone: a look inside would show the same)"
+    if type(m) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear):
+        return vars(m).keys().isdisjoint(('forward', 'weight', 'bias')) and getattr(m, 'padding_mode', 'zeros') == 'zeros' and m._parameters.get('weight') is not None
+    return type(m) is nn.ReLU and 'forward' not in vars(m)
+
+# %% ../../nbs/03_fold.trace.ipynb #2f751e73
 class _Held(fx.Proxy):
     "Stands in for a parameter or buffer, whose shape and kind are known"
     def __init__(self, node, tracer, held): super().__init__(node, tracer); self.held = held
@@ -59,7 +65,7 @@ class _Tracer(fx.Tracer):
         finally: self.stack.pop()
 
     def _run(self, m, args, kwargs):
-        if type(m) in self.opaque or plain_batchnorm(m): return self.create_proxy('call_module', self.names[m], args, kwargs)
+        if type(m) in self.opaque or plain_batchnorm(m) or _known(m): return self.create_proxy('call_module', self.names[m], args, kwargs)
         try: return m.forward(*args, **kwargs) # not its hooks: they are the caller's, and would keep a stand-in
         except Exception as e: raise _Opaque(m) from e
 
@@ -194,7 +200,7 @@ def _shape_of(op, args, kwargs):
         size = (_sizes(args[1])*n)[:n] if op.startswith('adaptive') and len(args) == 2 else (None,)*n
         return x.shape[:-n] + size
 
-# %% ../../nbs/03_fold.trace.ipynb #f01ab514
+# %% ../../nbs/03_fold.trace.ipynb #3ab8c192
 def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
     "The arguments of `F.batch_norm` in the order of PyTorch's own operation"
     return input, weight, bias, running_mean, running_var, training, momentum, eps
@@ -233,16 +239,20 @@ class _Graph:
         n = max(parts, default=-1)+1 if op in ('chunk', 'split', 'unbind') and len(parts) == len(node.users) else 0
         return self.call(op, args, kwargs, stack, inplace or kwargs.get('inplace') is True or 'out' in kwargs, n)
 
+    def held(self, m, *names): return [None if (t := getattr(m, n)) is None else self.flow.params[self.flow.names[t]] for n in names]
+
     def module(self, name, args, kwargs, stack):
-        "A BatchNorm's own operation; any other module that is not looked into is one unknown operation"
-        m = self.flow.model.get_submodule(name)
-        if not plain_batchnorm(m) or len(args) != 1: return self.call(type(m).__name__, args, kwargs, stack)
-        rank = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
-        rank = next((rank[t] for t in type(m).__mro__ if t in rank), None)
+        "The one operation of a module that is not looked into"
+        m, stack = self.flow.model.get_submodule(name), (*stack, name)
+        if len(args) != 1 or kwargs or not (plain_batchnorm(m) or _known(m)): return self.call(type(m).__name__, args, kwargs, stack)
+        if type(m) is nn.ReLU: return self.call('relu', args, {}, stack, m.inplace)
+        if not isinstance(m, _BatchNorm):
+            rest = (m.stride, m.padding, m.dilation, m.groups) if hasattr(m, 'stride') else ()
+            return self.call(f'conv{len(m.kernel_size)}d' if rest else 'linear', (*args, *self.held(m, 'weight', 'bias'), *rest), {}, stack)
+        rank = 4 if isinstance(m, nn.BatchNorm2d) else 5 if isinstance(m, nn.BatchNorm3d) else 0
         if rank and args[0].shape is None: args[0].shape = (None, m.num_features) + (None,)*(rank-2)
-        held = [getattr(m, n) for n in ('weight', 'bias', 'running_mean', 'running_var')]
-        held = [None if t is None else self.flow.params[self.flow.names[t]] for t in held]
-        return self.call('batch_norm', (args[0], *held, m.training or m.running_mean is None, m.momentum, m.eps), {}, (*stack, name))
+        own = self.held(m, 'weight', 'bias', 'running_mean', 'running_var')
+        return self.call('batch_norm', (*args, *own, m.training or m.running_mean is None, m.momentum, m.eps), {}, stack)
 
     def call(self, op, args, kwargs, stack, inplace=False, parts=0):
         outs = tuple(Value(None if parts else _shape_of(op, args, kwargs)) for _ in range(parts or 1))
