@@ -1,0 +1,53 @@
+"""Thousands of random networks: none may give another output when it is folded.
+
+    python benchmarks/fuzz.py --networks 5000"""
+import argparse, json, random, re, sys
+from collections import Counter
+
+import torch
+from fastprogress import progress_bar
+
+from common import environment, here, randomise, results
+from fasterai.fold.verify import difference, run
+from fasterai.misc.bn_folding import BN_Folder
+
+sys.path.insert(0, str(here.parent/'tests'))
+from random_nets import build, random_network
+
+
+def try_one(seed, x, more):
+    "Fold one random network, without an example and with: a `Counter` of what happened, and its source if it went wrong"
+    rng, seen = random.Random(seed), Counter()
+    source = random_network(rng.randrange)
+    torch.manual_seed(seed)
+    model, bn = randomise(build(source), seed).double(), BN_Folder()
+    for kind, example in (('without an example', ()), ('with an example', (x,))):
+        try: new = bn.fold(model, *example)
+        except Exception as e: return seen + Counter(crashed=1), f'# {type(e).__name__}: {e}\n{source}'
+        seen[f'{kind}: folded'] += bn.report.folded
+        seen[f'{kind}: kept'] += bn.report.kept
+        if example: seen.update('because ' + re.sub(r'`[^`]*`', '`…`', r.why) for r in bn.report if r.why)
+        if not all(difference(run(model, (i.clone(),), {}), run(new, (i.clone(),), {})).relative < 1e-9 for i in (x, more)): return seen + Counter(wrong=1), f'# {kind}\n{source}'
+    return seen, ''
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument('--networks', type=int, default=2000)
+    p.add_argument('--first', type=int, default=0, help='the first seed')
+    a = p.parse_args()
+    g = torch.Generator().manual_seed(0)
+    x, more = (torch.randn(n, 4, 6, 6, dtype=torch.float64, generator=g)*s for n, s in ((2, 1), (3, 3)))
+    seen, bad = Counter(wrong=0, crashed=0), []
+    for seed in progress_bar(range(a.first, a.first + a.networks)):
+        found, source = try_one(seed, x, more)
+        seen += found
+        if source: bad.append((seed, source))
+    results.mkdir(exist_ok=True)
+    json.dump(dict(environment=environment(), networks=a.networks, seen=dict(seen.most_common()), bad=bad), open(results/'fuzz.json', 'w'), indent=1)
+    for seed, source in bad[:5]: print(f'\nseed {seed}\n{source}')
+    print(f"\n{a.networks} networks: {len(bad)} wrong or crashed")
+    for what, n in seen.most_common(25): print(f'{n:7} {what}')
+
+
+if __name__ == '__main__': main()

@@ -1,0 +1,26 @@
+"A property: whatever the wiring, the folded network gives the same outputs, and what is kept has a reason."
+import torch
+from hypothesis import HealthCheck, given, note, settings, strategies as st
+
+from fasterai.fold.verify import difference, run
+from fasterai.misc.bn_folding import BN_Folder
+from helpers import assert_untouched, norms, randomise, snapshot
+from random_nets import build, random_network
+
+x = torch.randn(2, 4, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+more = torch.randn(3, 4, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))*3 - 1
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_a_random_network_gives_the_same(data):
+    source = random_network(lambda n: data.draw(st.integers(0, n-1)))
+    note(source)
+    torch.manual_seed(0)
+    model, bn = randomise(build(source)), BN_Folder()
+    before = snapshot(model)
+    for example in ((), (x,)):
+        new = bn.fold(model, *example)
+        assert_untouched(model, before)
+        for args in ((x,), (more,)): assert difference(run(model, (args[0].clone(),), {}), run(new, (args[0].clone(),), {})).relative < 1e-9
+        assert len(bn.report) == len(norms(model)) and sorted(norms(new)) == sorted(r.name for r in bn.report if r.why)
