@@ -77,7 +77,7 @@ def become(
     object.__setattr__(m, '__class__', type(new))
     object.__setattr__(m, '__dict__', new.__dict__)
 
-# %% ../../nbs/07_fold.apply.ipynb #3d73090a
+# %% ../../nbs/07_fold.apply.ipynb #81905d59
 def _gain_bias(layer, attr, bias):
     "Give `layer` its first bias, learned if its weight is"
     layer._parameters[attr] = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
@@ -105,6 +105,7 @@ def folded_copy(
     for name,t in new.items():
         m,attr = _holder(out, name)
         if m._parameters[attr] is None: _gain_bias(m, attr, t)
+        elif m._parameters[attr] is not memo[id(_holder(model, name)[0]._parameters[attr])]: raise TypeError(f'`{name}` is not in the copy: a `__deepcopy__` of its own made another')
     return out
 
 # %% ../../nbs/07_fold.apply.ipynb #9f9470f5

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Absorb', 'Row', 'Plan', 'uses_bias', 'plan_folds']
 
-# %% ../../nbs/06_fold.plan.ipynb #d12e12e8
+# %% ../../nbs/06_fold.plan.ipynb #68c38c25
 import copy
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcore.basics import patch
 
-from .carry import CARRIERS, ORDERS, PARTS, Stop, Unknown, nothing
+from .carry import CARRIERS, ORDERS, PARTS, Stop, Unknown, cross, nothing
 from .flow import Call, Flow, Value, naming
 from .layers import LAYERS, absorbs_before, in_channels, layer_call, out_channels
 from .trace import plain_batchnorm, trace_flow, under
@@ -75,14 +75,18 @@ class Plan:
         return [n for n in dict.fromkeys(names) if n]
     def __getitem__(self, name): return next(r for r in self.rows if r.name == name)
 
-# %% ../../nbs/06_fold.plan.ipynb #43a4adf2
+# %% ../../nbs/06_fold.plan.ipynb #f860b836
 class _Finder:
     "Finds the layers that absorb a BatchNorm, in one flow"
-    def __init__(self, flow):
+    def __init__(self, flow, symbolic=None):
         self.model,self.flow,self.folded,self.owners = flow.model,flow,set(),{}
+        # what a module can reach that could not be followed; a recorded run followed it where it is in its place, but not where it is held besides
+        self.unknown = {n: at for n,at in (symbolic or flow).unknown.items() if symbolic is None or not under(n, at)}
+        memory = {}
         for name,m in self.model.named_modules():
-            for attr,p in m._parameters.items():
-                if p is not None: self.owners.setdefault(flow.names.get(p), []).append((name, attr))
+            for attr,p in m._parameters.items(): # two parameters in one memory have both of their owners
+                if p is not None: memory.setdefault((p.data_ptr(), p.device) if p.numel() and not p.is_meta else id(p), {})[name, attr] = flow.names[p]
+        for held in memory.values(): self.owners |= {n: [*held] for n in held.values()}
         self.calls_of,self.runs_of,self.children_of = {},{},{} # by module: its own calls, its runs, the runs of its children
         for c in flow.calls: self.calls_of.setdefault(c.module, []).append(c)
         for e in flow.entries:
@@ -112,28 +116,32 @@ class _Finder:
             return [(call, self.batchnorm(call, label, False, shift))]
         carrier = CARRIERS.get(call.op)
         if carrier is None or carrier.up is None: raise Stop(f'{self.what(call)} stands between')
-        return [(call, None)] + [a for u,l,s in carrier.up(call, v, label) if not nothing(l) for a in self.up(u, l, shift and s, call)]
+        return [(call, None)] + [a for u,l,s in cross(call, v, label, up=True) if not nothing(l) for a in self.up(u, l, shift and s, call)]
 
     def sole(self, v, label, reader):
         "Nobody but `reader` may read what changes in `v`"
         source = f"{self.what(v.call)}'s output" if v.call else 'its input'
         if v.outside: raise Stop(f'{source} is also read by {v.outside}')
         for r in v.readers:
-            if r is not reader and not self.untouched_part(r, v, label): raise Stop(f'{source} is also read by {self.what(r)}')
+            if r is not reader and not self.unused(r) and not self.untouched_part(r, v, label): raise Stop(f'{source} is also read by {self.what(r)}')
+
+    def unused(self, call):
+        "Does `call` make something, and nobody reads it?"
+        return bool(call.outs) and not (call.inplace or call.opaque or any(o.readers or o.outside for o in call.outs))
 
     def untouched_part(self, call, v, label):
         "Does `call` read a part of `v` in which nothing changes?"
         if call.op not in PARTS or call.args[0] is not v: return False
-        try: return all(nothing(l) for _,l in CARRIERS[call.op].down(call, v, label))
+        try: return all(nothing(l) for _,l in cross(call, v, label, up=False))
         except Stop: return False
 
-# %% ../../nbs/06_fold.plan.ipynb #995e7b38
+# %% ../../nbs/06_fold.plan.ipynb #1b641ac3
 @patch
 def down(self:_Finder, v, label):
     "The absorbers, as `(call, Absorb)`, that make up for `v` coming without what `label` says"
     if v.outside: raise Stop(f'its output is also read by {v.outside}')
-    if not v.readers: raise Stop('nothing reads its output')
-    return [a for r in v.readers for a in self.reader(r, v, label)]
+    if all(map(self.unused, v.readers)): raise Stop('nothing reads its output')
+    return [a for r in v.readers if not self.unused(r) for a in self.reader(r, v, label)]
 
 @patch
 def reader(self:_Finder, call, v, label):
@@ -145,7 +153,7 @@ def reader(self:_Finder, call, v, label):
         return [(call, self.batchnorm(call, label, True, True))]
     carrier = CARRIERS.get(call.op)
     if carrier is None or carrier.down is None: raise Stop(f'{self.what(call)} stands between')
-    return [(call, None)] + [a for o,l in carrier.down(call, v, label) if not nothing(l) for a in self.down(o, l)]
+    return [(call, None)] + [a for o,l in cross(call, v, label, up=False) if not nothing(l) for a in self.down(o, l)]
 
 _fresh = {*LAYERS, 'batch_norm', 'cat', 'add', 'sub', 'mul', 'mean'} # their output is in memory of its own
 
@@ -160,11 +168,11 @@ def nothing_written(self:_Finder, bn, calls):
     "Nothing may write into the BatchNorm's input while it stands in for the output"
     mine = self.origin(bn.args[0])
     for call in self.flow.calls[bn.index+1:max(c.index for c in calls)]:
-        if not call.inplace: continue
-        target = self.origin(call.args[0]) if call.args and isinstance(call.args[0], Value) else None
-        if mine is None or not isinstance(target, Call) or target is mine: raise Stop(f'{self.what(call)} writes in place before its output is read')
+        targets = [self.origin(v) for v in call.written]
+        if (call.opaque or call.inplace) and (mine is None or not targets or any(not isinstance(t, Call) or t is mine for t in targets)):
+            raise Stop(f'{self.what(call)} may write into its input before its output is read')
 
-# %% ../../nbs/06_fold.plan.ipynb #5ee2efc7
+# %% ../../nbs/06_fold.plan.ipynb #75006cbb
 @patch
 def layer(self:_Finder, call, label, before, shift):
     "The part of a convolution or Linear in a fold"
@@ -181,6 +189,7 @@ def layer(self:_Finder, call, label, before, shift):
     if axis < 0 or label.numel() != label.shape[axis]:
         at = next(d for d,n in enumerate(label.shape) if n > 1)
         raise Stop(f"it normalises axis {at}, {naming(name)} {'reads' if before else 'writes'} axis {axis}")
+    self.known(name)
     n = (in_channels if before else out_channels)(call.op, w, args.groups)
     if label.numel() not in (1, n): raise Stop(f'{naming(name)} has {n} channels, not {label.numel()}')
     return Absorb(name, call.op, weight, bias, before, label.flatten().expand(n).clone(), shift, args.groups)
@@ -281,10 +290,11 @@ def agree(self:_Finder, found):
                 raise Stop(f"`{first.layer}`'s weight is also read by {self.what(other)}")
         if not all(a.same(first) for _,a in mine): raise Stop(f'its layer `{first.layer}` would have to absorb it in different ways')
 
-# %% ../../nbs/06_fold.plan.ipynb #b60059c4
+# %% ../../nbs/06_fold.plan.ipynb #3ceb677b
 @patch
 def rest(self:_Finder, name, calls):
     "The children of a BatchNorm that run after it normalised, and must stay"
+    if type(self.model.get_submodule(name)).__call__ is not nn.Module.__call__: raise Stop('it has a `__call__` of its own')
     runs = self.runs_of.get(name, [])
     more = [c for c in self.calls_of[name] if c not in calls]
     if more: raise Stop(f'its `forward` also does `{more[0].op}`')
@@ -294,15 +304,21 @@ def rest(self:_Finder, name, calls):
     for i,(run,call) in enumerate(zip(runs, calls)):
         at = call.outs[0]
         for kid in (mine := kids[i*n:(i+1)*n]):
-            if kid.args != [at] or len(kid.outs) != 1: raise Stop(f'its `forward` uses `{kid.name}` in a way that is not understood')
+            if kid.args != [at] or not kid.one: raise Stop(f'its `forward` uses `{kid.name}` in a way that is not understood')
             at = kid.outs[0]
         orders.add(tuple(k.name for k in mine))
-        if run.args != [call.args[0]] or run.outs != [at]: raise Stop('its `forward` does more than normalise')
+        if run.args != [call.args[0]] or run.outs != [at] or not run.one: raise Stop('its `forward` does more than normalise')
     if len(orders) > 1 or len(set(kept := orders.pop())) < len(kept): raise Stop('its `forward` does not always do the same')
     return tuple(k for k in kept if type(self.model.get_submodule(k)) is not nn.Identity)
 
-# %% ../../nbs/06_fold.plan.ipynb #b8c83f61
+# %% ../../nbs/06_fold.plan.ipynb #2cc4b590
 def _stat_names(flow, call): return tuple(v and v.name for v in call.args[1:5])
+
+@patch
+def known(self:_Finder, name):
+    "Everything that may call the module `name` has been followed"
+    at = self.unknown.get(name)
+    if at is not None: raise Unknown(f"{naming(at)} may use {naming(name)} as well, and can't be followed without an example")
 
 @patch
 def judge(self:_Finder, name, calls, confirm=None):
@@ -311,6 +327,8 @@ def judge(self:_Finder, name, calls, confirm=None):
         if calls[0].args[5] is not False: raise Stop('it has no running statistics and uses those of the batch')
         stats = _stat_names(self.flow, calls[0])
         if len({(_stat_names(self.flow, c), c.args[7]) for c in calls}) > 1: raise Stop('it is not always called in the same way')
+        if '' in stats: raise Stop('its statistics or its weight are computed')
+        self.known(name)
         for n in filter(None, stats):
             other = next((r for r in self.flow.params[n].readers if r not in calls), None)
             if other or self.flow.params[n].outside: raise Stop(f'`{n}` is also read by {self.what(other) if other else self.flow.params[n].outside}')
@@ -336,20 +354,27 @@ def either(self:_Finder, calls, rest, confirm):
     kind = Unknown if any(isinstance(e, Unknown) for e in whys) else Stop
     raise kind(f'before it: {whys[0]}; after it: {whys[1]}')
 
-# %% ../../nbs/06_fold.plan.ipynb #0120b949
-def _shared_module(way):
-    "The innermost module within which all calls of `way` run"
-    shared = [s for i,s in enumerate(way[0].stack) if all(c.stack[i:i+1] == (s,) for c in way)]
-    return shared[-1] if shared else ''
+# %% ../../nbs/06_fold.plan.ipynb #e0b59bf0
+def _involved(way):
+    "The modules within which the calls of `way` run, and the innermost one that holds them all"
+    stacks = [c.stack for c in way]
+    shared = [s for i,s in enumerate(stacks[0]) if all(t[i:i+1] == (s,) for t in stacks)]
+    return {m for t in stacks for m in t}, shared[-1] if shared else ''
 
 def _confirm(flow, symbolic, rows):
     "A check, by name, of what a recorded run shows, against all the ways that a `forward` can take"
     parts = lambda absorbs: {(a.weight, a.before) for a in absorbs}
+    through = {} # the modules that a value goes into or comes out of
+    for e in flow.entries:
+        for v in (*e.args, *e.outs): through.setdefault(v, set()).add(e.name)
     def of(name):
         def check(absorbs, ways):
-            for at in map(_shared_module, ways):
-                if at in flow.branches | symbolic.branches and not (name in rows and parts(rows[name].absorbs) == parts(absorbs)):
-                    raise Stop(f'{naming(at)} chooses its way by its input, and not every way is known to allow it')
+            if name in rows and rows[name].folded and parts(rows[name].absorbs) == parts(absorbs): return
+            for way in ways:
+                inside,shared = _involved(way)
+                inside |= {m for c in way for v in ((c.args[0] if c is way[0] else None), *c.outs) if isinstance(v, Value) for m in through.get(v, ()) if under(m, shared)}
+                at = next((m for m in sorted(inside) if m in symbolic.branches or m in flow.branches and under(m, shared)), None)
+                if at is not None: raise Stop(f'{naming(at)} chooses its way by its input, and not every way is known to allow it')
         return check
     return of
 
@@ -365,14 +390,14 @@ def _untraced(symbolic, name):
     if at is None: return 'nothing calls it'
     return f"the `forward` of {naming(at)} can't be followed without an example: {symbolic.failed[at]}"
 
-# %% ../../nbs/06_fold.plan.ipynb #be0db4e4
+# %% ../../nbs/06_fold.plan.ipynb #b2ccb8bf
 def plan_folds(
     flow:Flow, # What the model does, from a symbolic trace or from a recorded run
     symbolic:Flow|None=None, # With a recorded run: the symbolic trace
     keep:dict|None=None, # BatchNorms to keep, by name, with the reason
 )->Plan: # Depends on the model's structure, not on its values
     "What becomes of every BatchNorm of `flow`'s model"
-    finder,calls,rows = _Finder(flow),{},{}
+    finder,calls,rows = _Finder(flow, symbolic),{},{}
     for c in flow.calls:
         if name := finder.bn_of(c): calls.setdefault(name, []).append(c)
     traced = {r.name: r for r in plan_folds(symbolic, keep=keep)} if symbolic else {}

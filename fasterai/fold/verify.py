@@ -6,15 +6,15 @@
 __all__ = ['Difference', 'difference', 'tolerance', 'to_double', 'run', 'first_difference', 'count_parameters', 'Comparison',
            'compare']
 
-# %% ../../nbs/08_fold.verify.ipynb #4b4f51f5
+# %% ../../nbs/08_fold.verify.ipynb #9444a207
 import copy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from .flow import untouched
-from .record import same_random_state, tensors_in
+from .flow import same_random_state, untouched
+from .record import tensors_in
 
 # %% ../../nbs/08_fold.verify.ipynb #fdd13292
 @dataclass(frozen=True)
