@@ -63,7 +63,6 @@ def test_learners_heads_included(dls, name):
     for source in (learn, learn.model): # with a batch of its validation set, and from its code alone
         new = bn.fold(source)
         assert not norms(new) and bn.report.kept == 0
-        model, double = randomise(learner(dls, name).model), x
-        assert (BN_Folder().fold(model)(double) - model(double)).abs().max() < 1e-12 * model(double).abs().max()
-    assert_untouched(learn.model, before)
-    assert bn.fold(learn) is not None and bn.report.check.relative < 1e-4
+        assert bn.report.check.relative < 1e-4 if source is learn else bn.report.check is None
+        assert_untouched(learn.model, before)
+    fold(randomise(learn.model), x, example=False)

@@ -89,7 +89,7 @@ class Entry:
     outs:list=field(default_factory=list) # The `Value`s it returned
     one:bool=False # Was it given one tensor and nothing else, and did it return one?
 
-# %% ../../nbs/02_fold.flow.ipynb #5db0bd0d
+# %% ../../nbs/02_fold.flow.ipynb #c8e7df7b
 SHAPED_LIKE = {'reshape_as', 'view_as', 'expand_as'} # read of their second argument the shape alone
 _likes = {f'{n}_like' for n in ('zeros', 'ones', 'full', 'empty', 'rand', 'randn')} | {f'new_{n}' for n in ('zeros', 'ones', 'full', 'empty')}
 
@@ -99,7 +99,8 @@ class Flow:
         model:nn.Module, # Whose parameters and buffers get names here
     ):
         self.model,self.calls,self.entries = model,[],[]
-        self.branches,self.failed,self.unknown = set(),{},{} # modules that choose their way; those that could not be traced, and why; what those can reach, and from where
+        self.branches,self.undecided = set(),set() # modules that choose their way; those that may, and can't be followed
+        self.failed,self.unknown = {},{} # modules that could not be traced, and why; what those can reach, and from where
         self.names = {t: n for n,t in [*model.named_parameters(), *model.named_buffers()]}
         self.params = {}
         for t,name in self.names.items():

@@ -135,7 +135,7 @@ class _Finder:
         try: return all(nothing(l) for _,l in cross(call, v, label, up=False))
         except Stop: return False
 
-# %% ../../nbs/06_fold.plan.ipynb #1b641ac3
+# %% ../../nbs/06_fold.plan.ipynb #7904ee63
 @patch
 def down(self:_Finder, v, label):
     "The absorbers, as `(call, Absorb)`, that make up for `v` coming without what `label` says"
@@ -147,8 +147,9 @@ def down(self:_Finder, v, label):
 def reader(self:_Finder, call, v, label):
     "The absorbers at one reader of `v`"
     if call.inplace: raise Stop(f'{self.what(call)} writes in place')
-    if call.op in LAYERS and v is call.args[0] and v not in call.args[1:3]: return [(call, self.layer(call, label, True, True))]
-    if call.op == 'batch_norm' and v is call.args[0]:
+    first = call.args[0] if call.args else None
+    if call.op in LAYERS and v is first and v not in call.args[1:3]: return [(call, self.layer(call, label, True, True))]
+    if call.op == 'batch_norm' and v is first:
         if self.bn_of(call) in self.folded: return [(call, None), *self.down(call.outs[0], label)]
         return [(call, self.batchnorm(call, label, True, True))]
     carrier = CARRIERS.get(call.op)
@@ -172,11 +173,12 @@ def nothing_written(self:_Finder, bn, calls):
         if (call.opaque or call.inplace) and (mine is None or not targets or any(not isinstance(t, Call) or t is mine for t in targets)):
             raise Stop(f'{self.what(call)} may write into its input before its output is read')
 
-# %% ../../nbs/06_fold.plan.ipynb #75006cbb
+# %% ../../nbs/06_fold.plan.ipynb #df279de8
 @patch
 def layer(self:_Finder, call, label, before, shift):
     "The part of a convolution or Linear in a fold"
-    args = layer_call(call.op, call.args, call.kwargs)
+    try: args = layer_call(call.op, call.args, call.kwargs)
+    except TypeError as e: raise Stop(f'{self.what(call)} is called in a way that is not understood ({e})') from e
     name = args.weight.name.rpartition('.')[0] if isinstance(args.weight, Value) and args.weight.name else call.module
     weight,bias = self.parameters(call, args.weight, args.bias, name)
     w = self.model.get_parameter(weight)
@@ -184,7 +186,7 @@ def layer(self:_Finder, call, label, before, shift):
     if before:
         why = absorbs_before(call.op, args, tuple(w.shape[2:]))
         if why: raise Stop(f'{naming(name)} {why}')
-        if LAYERS[call.op].spatial and not self.plain(name, call): raise Stop(f'{naming(name)} has a `forward` of its own, which may pad')
+        if LAYERS[call.op].spatial and not (call.module == name and self.plain(name, call)): raise Stop(f'{naming(name)} is not called as PyTorch calls it, and may be padded')
     axis = label.dim() - LAYERS[call.op].spatial - 1
     if axis < 0 or label.numel() != label.shape[axis]:
         at = next(d for d,n in enumerate(label.shape) if n > 1)
@@ -217,7 +219,7 @@ def parameters(self:_Finder, call, weight, bias, name):
     if bias is None and not (call.module == name and self.plain(name, call, gains=True)): raise Stop(f'{naming(name)} may not use the bias it would gain')
     return weight.name, bias.name if bias is not None else ''
 
-# %% ../../nbs/06_fold.plan.ipynb #0f0793c9
+# %% ../../nbs/06_fold.plan.ipynb #49bcf906
 def _is_torch(m):
     "Does `m` compute as PyTorch's own layer does?"
     for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
@@ -236,25 +238,27 @@ class _Bias(TorchDispatchMode):
 def uses_bias(
     m:nn.Module, # A layer without a bias
     op:str, # A row of `LAYERS`
-    x:Value, # What it is given
 )->bool: # `False` also where that can't be seen
-    "Would `m` use a bias if it had one?"
-    if 'bias' not in m._parameters or x.shape is None or None in x.shape: return False
+    "Would `m` use a bias if it had one, on inputs of several sizes?"
+    if 'bias' not in m._parameters or m._parameters.get('weight') is None: return False
     probe = copy.copy(m)
     probe.__dict__ = {**vars(m), '_parameters': {n: p if p is None else nn.Parameter(p.detach().to('meta'), False) for n,p in m._parameters.items()}}
-    w = probe.weight
-    bias = probe._parameters['bias'] = nn.Parameter(w.new_empty(out_channels(op, w, getattr(m, 'groups', 1))), False)
-    mode = _Bias(op, bias)
-    try:
-        with torch.no_grad(), torch._C._AutoDispatchBelowAutograd(), mode: type(m).forward(probe, w.new_empty(x.shape))
-    except Exception: return False # whatever it can't do on the meta device, it has not shown
-    return mode.arrived
+    w,groups = probe.weight, getattr(m, 'groups', 1)
+    bias = probe._parameters['bias'] = nn.Parameter(w.new_empty(out_channels(op, w, groups)), False)
+    for side in (16, 17, 31):
+        mode = _Bias(op, bias)
+        x = w.new_empty(2, in_channels(op, w, groups), *[side]*LAYERS[op].spatial)
+        try:
+            with torch.no_grad(), torch._C._AutoDispatchBelowAutograd(), mode: type(m).forward(probe, x)
+        except Exception: return False # whatever it can't do on the meta device, it has not shown
+        if not mode.arrived: return False
+    return True
 
 @patch
 def plain(self:_Finder, name, call, gains=False):
     "Does the layer compute what its parameters say and no more?"
     m = self.model.get_submodule(name)
-    return _is_torch(m) or gains and 'forward' not in vars(m) and uses_bias(m, call.op, call.args[0])
+    return _is_torch(m) or gains and 'forward' not in vars(m) and uses_bias(m, call.op)
 
 # %% ../../nbs/06_fold.plan.ipynb #b4ad62f6
 @patch
@@ -354,7 +358,7 @@ def either(self:_Finder, calls, rest, confirm):
     kind = Unknown if any(isinstance(e, Unknown) for e in whys) else Stop
     raise kind(f'before it: {whys[0]}; after it: {whys[1]}')
 
-# %% ../../nbs/06_fold.plan.ipynb #e0b59bf0
+# %% ../../nbs/06_fold.plan.ipynb #99e4c596
 def _involved(way):
     "The modules within which the calls of `way` run, and the innermost one that holds them all"
     stacks = [c.stack for c in way]
@@ -373,7 +377,8 @@ def _confirm(flow, symbolic, rows):
             for way in ways:
                 inside,shared = _involved(way)
                 inside |= {m for c in way for v in ((c.args[0] if c is way[0] else None), *c.outs) if isinstance(v, Value) for m in through.get(v, ()) if under(m, shared)}
-                at = next((m for m in sorted(inside) if m in symbolic.branches or m in flow.branches and under(m, shared)), None)
+                at = next((m for m in sorted(inside) if m in symbolic.branches or m in flow.branches | symbolic.undecided and under(m, shared)), None)
+                if at is None and any(c.op == 'squeeze' for c in way): at = shared # it squeezes what happens to be of size one
                 if at is not None: raise Stop(f'{naming(at)} chooses its way by its input, and not every way is known to allow it')
         return check
     return of

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['phi', 'plain_batchnorm', 'trace_flow', 'under']
 
-# %% ../../nbs/03_fold.trace.ipynb #b66fb320
-import dis,functools,inspect,math,operator,threading
+# %% ../../nbs/03_fold.trace.ipynb #91f7eb09
+import builtins,dis,functools,inspect,math,operator,threading
 from contextlib import ExitStack, contextmanager
 from itertools import product
 from math import prod
@@ -20,15 +20,15 @@ from torch.overrides import TorchFunctionMode
 from .flow import SHAPED_LIKE, Entry, Flow, Value, held_in, naming, read_written_out, same_random_state, untouched, values_in
 from .layers import LAYERS, layer_call, out_channels
 
-# %% ../../nbs/03_fold.trace.ipynb #e60b79f4
+# %% ../../nbs/03_fold.trace.ipynb #e76964da
 class _Opaque(BaseException): # not an Exception: no `try` in a `forward` may swallow it
-    "The trace can't go through `module`"
-    def __init__(self, module, why=''): self.module,self.why = module,why
+    "The trace can't go through `module`; `choice`: it may choose its way by what can't be known"
+    def __init__(self, module, why, choice=True): self.module,self.why,self.choice = module,why,choice
 
 class _Number(fx.Proxy):
     "Stands for a size, a dtype or what is computed from them"
     def _no(self, *args): raise _Opaque(self.tracer.here(), 'it needs a number that depends on its input')
-    __int__ = __float__ = __index__ = __len__ = __contains__ = _no
+    __int__ = __float__ = __index__ = __len__ = __contains__ = __deepcopy__ = __reduce_ex__ = _no
 
     def _math(f): return lambda self, *args: self.tracer.create_proxy('call_function', f, (self, *args), {})
     __ceil__,__floor__,__trunc__,__round__ = map(_math, (math.ceil, math.floor, math.trunc, round))
@@ -53,6 +53,10 @@ class _Held(_Value):
     def size(self, *args): return self.held.size(*args)
     def dim(self): return self.held.dim()
     def numel(self): return self.held.numel()
+
+def _len(o):
+    "`len`, in the modules whose functions are traced: the built-in one can give nothing but a number"
+    return o.tracer.create_proxy('call_function', builtins.len, (o,), {}) if issubclass(type(o), fx.Proxy) else builtins.len(o)
 
 def phi(*ways):
     "Stands in a graph for the value of one of several ways"
@@ -85,7 +89,7 @@ def _known(m):
         return vars(m).keys().isdisjoint(('forward', 'weight', 'bias')) and getattr(m, 'padding_mode', 'zeros') == 'zeros' and m._parameters.get('weight') is not None
     return type(m) is nn.ReLU and 'forward' not in vars(m)
 
-# %% ../../nbs/03_fold.trace.ipynb #9f63534c
+# %% ../../nbs/03_fold.trace.ipynb #8a490ca4
 _max_ways,_max_choices = 32,12
 
 def _raised(e):
@@ -101,10 +105,10 @@ class _Tracer(fx.Tracer):
     def __init__(self, names, params, opaque):
         super().__init__()
         self.names,self.params,self.opaque,self.graph = names,params,opaque,fx.Graph()
-        self.thread,self.stack,self.frames,self.calls,self.read,self.proxies,self.branched,self.tries = threading.get_ident(),[],[],[],set(),{},set(),0
+        self.thread,self.stack,self.frames,self.calls,self.read,self.proxies,self.branched,self.patched,self.tries = threading.get_ident(),[],[],[],set(),{},set(),{},0
 
     def call_module(self, m, args, kwargs):
-        if m not in self.names: raise _Opaque(self.here(), f'it calls a {type(m).__name__} that is no part of the model')
+        if m not in self.names: raise _Opaque(self.here(), f'it calls a {type(m).__name__} that is no part of the model', choice=False)
         self.stack.append(self.names[m])
         try:
             out = self.leaf(m, args, kwargs) if type(m) in self.opaque or plain_batchnorm(m) or _known(m) else self.ways(m, args, kwargs)
@@ -121,6 +125,8 @@ class _Tracer(fx.Tracer):
         "Every way through `m`"
         why = 'it has a `forward` of its own' if 'forward' in vars(m) else _question(type(m))
         if why: raise _Opaque(m, why)
+        space = inspect.unwrap(type(m).forward).__globals__
+        if 'len' not in space: space['len'] = self.patched.setdefault(id(space), (space, _len))[1]
         outs,choices = [],[]
         while True:
             self.tries += 1
@@ -128,7 +134,7 @@ class _Tracer(fx.Tracer):
             self.frames.append([choices, 0])
             try: outs.append(m.forward(*args, **kwargs)) # not its hooks: they are the caller's, and would keep a stand-in
             except Exception as e:
-                if not (choices and _raised(e)): raise _Opaque(m, str(e).strip().split('\n')[0] or type(e).__name__) from e
+                if not (choices and _raised(e)): raise _Opaque(m, str(e).strip().split('\n')[0] or type(e).__name__, choice=False) from e
             finally: self.frames.pop()
             if choices: self.branched.add(self.names[m])
             while choices and not choices[-1]: choices.pop()
@@ -154,13 +160,13 @@ class _Tracer(fx.Tracer):
         frame[1] += 1
         return choices[taken]
 
-    def iter(self, obj): raise _Opaque(self.here(), 'it loops over a tensor')
+    def iter(self, obj): raise _Opaque(self.here(), 'it loops over its input', choice=False)
     def here(self): return next(m for m,n in self.names.items() if n == self.stack[-1])
 
     def proxy(self, node):
         parts = values_in([node.args, node.kwargs], fx.Node)
         of_numbers = parts and all(p.meta.get('number') for p in parts)
-        asks = node.op == 'call_method' and node.target in _metadata or node.target is getattr and node.args[1] in _metadata
+        asks = node.target is builtins.len or node.op == 'call_method' and node.target in _metadata or node.target is getattr and node.args[1] in _metadata
         node.meta['number'] = asks or of_numbers
         return _Number(node, self) if node.meta['number'] else _Value(node, self)
 
@@ -193,9 +199,11 @@ class _Tracer(fx.Tracer):
             return self.stand_in(value) if isinstance(value, Tensor) and mine() else value
         nn.Module.__call__,nn.Module.__getattr__ = __call__,__getattr__
         try: yield
-        finally: nn.Module.__call__,nn.Module.__getattr__ = call,get
+        finally:
+            nn.Module.__call__,nn.Module.__getattr__ = call,get
+            for space,_ in self.patched.values(): del space['len']
 
-# %% ../../nbs/03_fold.trace.ipynb #bd53f84d
+# %% ../../nbs/03_fold.trace.ipynb #48b3390d
 class _Reads(TorchFunctionMode):
     "Notes the parameters that are computed with outside of the traced calls, and undoes what is written"
     def __init__(self, tracer): super().__init__(); self.tracer,self.saved = tracer,{}
@@ -214,7 +222,7 @@ class _Reads(TorchFunctionMode):
             for t,old in self.saved.values(): t.detach().copy_(old)
 
 _metadata = {'size', 'dim', 'ndim', 'ndimension', 'shape', 'dtype', 'device', 'numel', 'nelement', 'stride', 'is_contiguous', 'is_leaf', 'grad_fn', 'is_meta',
-             'is_floating_point', 'is_complex', 'is_cuda', 'layout', 'requires_grad', 'element_size', 'get_device', '_assert'}
+             'is_floating_point', 'is_complex', 'is_cuda', 'layout', 'requires_grad', 'element_size', 'get_device', '_assert', 'len', '__len__'}
 
 # %% ../../nbs/03_fold.trace.ipynb #d63669fd
 def _given(tracer, p, way):
@@ -246,7 +254,7 @@ def _trace_one(m, names, params, opaque, variant):
     tracer.create_node('output', 'output', tuple(p.node for p in values_in(out, fx.Proxy)), {})
     return tracer
 
-# %% ../../nbs/03_fold.trace.ipynb #df27548a
+# %% ../../nbs/03_fold.trace.ipynb #56663ae2
 _keep_shape = {'relu', 'relu6', 'leaky_relu', 'prelu', 'elu', 'selu', 'celu', 'gelu', 'silu', 'mish', 'sigmoid', 'tanh', 'hardtanh',
                'hardswish', 'hardsigmoid', 'softplus', 'dropout', 'dropout1d', 'dropout2d', 'dropout3d', 'alpha_dropout', 'contiguous',
                'batch_norm', 'layer_norm', 'group_norm', 'clamp'}
@@ -282,6 +290,11 @@ def _layer_shape(op, call):
     return (None,)*(rank-LAYERS[op].spatial-1) + (out,) + (None,)*LAYERS[op].spatial
 
 def _shape_of(op, args, kwargs):
+    "What is known of the shape of what `op` gives; nothing, where it is called in an unusual way"
+    try: return _usual_shape(op, args, kwargs)
+    except (TypeError, IndexError, AttributeError, KeyError, ValueError): return None
+
+def _usual_shape(op, args, kwargs):
     "What is known of the shape of what `op` gives: `None` for an unknown size, `None` in its stead for an unknown rank"
     x = args[0] if args else None
     if op in LAYERS and isinstance(x, Value) and len(args) > 1 and isinstance(args[1], Value) and args[1].shape is not None: return _layer_shape(op, layer_call(op, args, kwargs))
@@ -295,6 +308,13 @@ def _shape_of(op, args, kwargs):
         sizes = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
         return None if kwargs or len(args) == 2 and sizes is not args[1] and not isinstance(args[1], int) else _sizes(sizes)
     if x.shape is None: return None
+    if op == 'squeeze':
+        dims = range(len(x.shape)) if len(args) == 1 else [args[1] % len(x.shape)]
+        return None if any(x.shape[d] is None for d in dims) else tuple(n for d,n in enumerate(x.shape) if d not in dims or n != 1)
+    if op == 'mean' and len(args) > 1 and args[1] is not None:
+        dims = {d % len(x.shape) for d in (args[1] if isinstance(args[1], (tuple, list)) else [args[1]])}
+        keep = args[2] if len(args) > 2 else kwargs.get('keepdim', False)
+        return tuple(1 if d in dims else n for d,n in enumerate(x.shape) if keep or d not in dims)
     if op in _keep_shape: return x.shape
     if 'pool' in op and op[-1:] == 'd':
         n = int(op[-2])
@@ -366,7 +386,7 @@ class _Graph:
         self.flow.add(op, args, kwargs, list(outs), stack, inplace, opaque)
         return outs if parts else outs[0]
 
-# %% ../../nbs/03_fold.trace.ipynb #a7529b13
+# %% ../../nbs/03_fold.trace.ipynb #589e0a28
 _lock = threading.RLock()
 
 def trace_flow(
@@ -404,6 +424,7 @@ def _trace_root(m, flow, names, opaque):
                 opaque.add(type(e.module))
                 continue
             why = e.why
+            if e.choice: flow.undecided.add(names[m])
         except Exception as e: why = str(e).strip().split('\n')[0] or type(e).__name__
         flow.failed[names[m]] = why
         for o in held_in(m, nn.Module):
