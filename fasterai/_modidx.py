@@ -299,6 +299,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'fasterai/misc/bn_folding.py'),
                                           'fasterai.misc.bn_folding._Fold.record': ( 'misc.bn_folding.html#_fold.record',
                                                                                      'fasterai/misc/bn_folding.py'),
+                                          'fasterai.misc.bn_folding._Fold.retrace': ( 'misc.bn_folding.html#_fold.retrace',
+                                                                                      'fasterai/misc/bn_folding.py'),
                                           'fasterai.misc.bn_folding._Fold.run': ( 'misc.bn_folding.html#_fold.run',
                                                                                   'fasterai/misc/bn_folding.py'),
                                           'fasterai.misc.bn_folding._Fold.tolerance': ( 'misc.bn_folding.html#_fold.tolerance',

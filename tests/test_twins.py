@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 
-from helpers import Net, asserting, fold, net, norms, randomise
+from fasterai.misc.bn_folding import BN_Folder, FoldError
+from helpers import Net, assert_untouched, asserting, fold, net, norms, randomise, snapshot
 
 x = torch.randn(3, 4, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 flat = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -215,3 +216,21 @@ def test_folding_twice_changes_nothing():
     new, _ = fold(net(lambda m, x: m.bn(m.conv(x)), conv=conv(), bn=bn()), x)
     again, report = fold(new, x)
     assert len(report) == 0 and all(torch.equal(a, b) for a, b in zip(new.parameters(), again.parameters()))
+
+
+@pytest.mark.parametrize('forward', [lambda m, x: m.bn(y) if isinstance(m.bn, nn.BatchNorm2d) and (y := m.conv(x)) is not None else m.conv(x)*2, lambda m, x: m.bn(m.conv(x)) * m.bn.num_features,
+                                     lambda m, x: m.bn(m.conv(x)) if m.conv.bias is None else m.bn(m.conv(x))*2])
+@pytest.mark.parametrize('example', [False, True])
+def test_a_forward_that_looks_at_its_layers_is_found_out(forward, example):
+    m = net(forward, conv=conv(bias=False), bn=bn())
+    before = snapshot(m)
+    for inplace in (False, True):
+        with pytest.raises(FoldError): BN_Folder().fold(m, *([x] if example else []), inplace=inplace)
+        assert_untouched(m, before)
+
+
+def test_held_by_a_closure():
+    m = net(lambda m, x: m.act(m.conv(x)), conv=conv(), bn=bn())
+    m.act = lambda x: m.bn(x)
+    for example in ((), (x,)):
+        with pytest.raises(FoldError): BN_Folder().fold(m, *example)

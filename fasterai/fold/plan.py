@@ -358,7 +358,7 @@ def either(self:_Finder, calls, rest, confirm):
     kind = Unknown if any(isinstance(e, Unknown) for e in whys) else Stop
     raise kind(f'before it: {whys[0]}; after it: {whys[1]}')
 
-# %% ../../nbs/06_fold.plan.ipynb #99e4c596
+# %% ../../nbs/06_fold.plan.ipynb #1239bf76
 def _involved(way):
     "The modules within which the calls of `way` run, and the innermost one that holds them all"
     stacks = [c.stack for c in way]
@@ -371,8 +371,15 @@ def _confirm(flow, symbolic, rows):
     through = {} # the modules that a value goes into or comes out of
     for e in flow.entries:
         for v in (*e.args, *e.outs): through.setdefault(v, set()).add(e.name)
+    entered = {e.name for e in flow.entries}
+    callers = lambda f, weight: {c.stack[-2:] for c in f.params[weight].readers if c.stack[-2:][0] in entered}
+    odd = {c.module for c in symbolic.calls if c.op == 'batch_norm' and c.args[5] is not False}
     def of(name):
         def check(absorbs, ways):
+            if name in odd: raise Stop('it does not always use its running statistics')
+            for a in absorbs:
+                more = callers(symbolic, a.weight) - callers(flow, a.weight)
+                if more: raise Stop(f'{naming(a.layer)} is also called by {naming(min(more)[0])}, in another way than this run took')
             if name in rows and rows[name].folded and parts(rows[name].absorbs) == parts(absorbs): return
             for way in ways:
                 inside,shared = _involved(way)

@@ -61,7 +61,7 @@ def _len(o):
 def phi(*ways):
     "Stands in a graph for the value of one of several ways"
 
-# %% ../../nbs/03_fold.trace.ipynb #4a24c0c3
+# %% ../../nbs/03_fold.trace.ipynb #a39aedf4
 _questions = {'type', 'callable', 'id', 'vars', 'eval', 'exec', 'is_grad_enabled', 'is_inference_mode_enabled', 'getrefcount'}
 
 @functools.lru_cache(None)
@@ -69,12 +69,11 @@ def _question(cls, name='forward', asked=()):
     "What the code of a method, or of those that it calls, asks that can't be answered; '' if nothing"
     f = inspect.unwrap(getattr(cls, name, None)) if name not in asked else None
     if not isinstance(f, FunctionType) or f.__module__.startswith('torch.nn.'): return ''
-    before = None
-    for i in dis.get_instructions(f):
+    code = [*dis.get_instructions(f)]
+    for at,i in enumerate(code):
         if i.opname in ('CHECK_EXC_MATCH', 'JUMP_IF_NOT_EXC_MATCH'): return 'it catches exceptions'
-        if i.opname == 'IS_OP' and not (before.opname == 'LOAD_CONST' and before.argval is None): return 'it compares with `is`'
+        if i.opname == 'IS_OP' and not (code[at-1].opname == 'LOAD_CONST' and code[at-1].argval is None or code[at-2].opname.startswith('CALL')): return 'it compares with `is`'
         if i.opname.startswith(('LOAD_GLOBAL', 'LOAD_ATTR', 'LOAD_METHOD')) and i.argval in _questions and (i.opname == 'LOAD_GLOBAL' or i.argval.startswith('is_')): return f'it asks `{i.argval}`'
-        before = i
     return next(filter(None, (_question(cls, n, (*asked, name)) for n in f.__code__.co_names if isinstance(getattr(cls, n, None), FunctionType))), '')
 
 def plain_batchnorm(

@@ -98,7 +98,7 @@ class BN_Folder:
         _check_model(model)
         return model, xs
 
-# %% ../../nbs/10_misc.bn_folding.ipynb #fc3ce1d1
+# %% ../../nbs/10_misc.bn_folding.ipynb #2ac3b6a8
 def _clone(tree):
     "A copy of the tensors in `tree`"
     if isinstance(tree, Tensor): return tree.detach().clone()
@@ -146,8 +146,10 @@ class _Fold:
         "The folded model, its plan, and how far apart the outputs are"
         plan,new = self.weights()
         folded,undo = self.apply(plan, new, inplace)
-        if not self.example: return folded, plan, None
         try:
+            if not self.example:
+                self.retrace(plan, folded)
+                return folded, plan, None
             try: found = _difference(self.out, run(folded, *_clone(self.example)))
             except Exception as e: found = e
             if isinstance(found, Difference) and found.relative <= self.tolerance(): return folded, plan, found
@@ -162,6 +164,14 @@ class _Fold:
         if not strided: raise FoldError(f'the folded model does not run on the example: {type(found).__name__}: {found}') from found
         self.keep |= strided
         return self.run(inplace)
+
+    def retrace(self, plan, folded):
+        "The folded model's code must do what it did, but for the BatchNorms: it may have asked one for what an `nn.Identity` has not, or have held on to the original"
+        gone,now = {r.name for r in plan if r.folded}, trace_flow(folded)
+        left = [(c.op, c.module) for c in self.traced.calls if not (c.op == 'batch_norm' and c.module in gone)]
+        if left == [(c.op, c.module) for c in now.calls] and self.traced.failed.keys() == now.failed.keys(): return
+        at = next((f'{naming(n)} fails: {why}' for n,why in now.failed.items() if n not in self.traced.failed), 'it computes something else')
+        raise FoldError(f"without its BatchNorms the model's code takes another way ({at}). The original is as it was: give an example, or fold the parts of the model that do not look at their BatchNorms")
 
     def tolerance(self):
         "The difference that rounding alone explains, for the least precise dtype around"
