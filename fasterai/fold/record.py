@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['tensors_in', 'record_flow']
 
-# %% ../../nbs/04_fold.record.ipynb #0c1d6e72
-import gc,threading
+# %% ../../nbs/04_fold.record.ipynb #7cf6eab1
+import gc,inspect,threading
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -119,7 +119,9 @@ class _Leaks(TorchFunctionMode):
             self.recorder.flow.branches.update(self.recorder.stack)
         return func(*args, **(kwargs or {}))
 
-# %% ../../nbs/04_fold.record.ipynb #51a7e19c
+# %% ../../nbs/04_fold.record.ipynb #041d4c9f
+_with_kwargs = {'with_kwargs': True} if 'with_kwargs' in inspect.signature(register_module_forward_hook).parameters else {}
+
 @contextmanager
 def _entries(recorder):
     "Keeps the recorder's stack while modules run"
@@ -131,16 +133,17 @@ def _entries(recorder):
         with torch._C.DisableTorchFunction(): entry = Entry(names[m], tuple(stack), values_in(recorder.values(args)))
         open_.append(entry)
         flow.entries.append(entry)
-    def leave(m, args, kwargs, out):
+    def leave(m, args, *more): # the keyword arguments, where this PyTorch gives them, and the output
         if not mine(m): return
+        *kwargs,out = more
         while open_[-1].name != names[m]: open_.pop(); stack.pop() # modules whose exception the model itself caught
         stack.pop()
         entry = open_.pop()
         with torch._C.DisableTorchFunction():
-            entry.args += values_in(recorder.values(kwargs))
+            entry.args += values_in([recorder.values(k) for k in kwargs])
             entry.outs += values_in(recorder.values(tensors_in(out)))
-            entry.one = len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and isinstance(out, Tensor)
-    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, with_kwargs=True, always_call=True)]
+            entry.one = len(args) == 1 and not any(kwargs) and isinstance(args[0], Tensor) and isinstance(out, Tensor)
+    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True, **_with_kwargs)]
     try: yield
     finally:
         for h in handles: h.remove()
