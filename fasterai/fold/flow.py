@@ -89,7 +89,7 @@ class Entry:
     outs:list=field(default_factory=list) # The `Value`s it returned
     one:bool=False # Was it given one tensor and nothing else, and did it return one?
 
-# %% ../../nbs/02_fold.flow.ipynb #c8e7df7b
+# %% ../../nbs/02_fold.flow.ipynb #4ecf630d
 SHAPED_LIKE = {'reshape_as', 'view_as', 'expand_as'} # read of their second argument the shape alone
 _likes = {f'{n}_like' for n in ('zeros', 'ones', 'full', 'empty', 'rand', 'randn')} | {f'new_{n}' for n in ('zeros', 'ones', 'full', 'empty')}
 
@@ -100,6 +100,7 @@ class Flow:
     ):
         self.model,self.calls,self.entries = model,[],[]
         self.branches,self.undecided = set(),set() # modules that choose their way; those that may, and can't be followed
+        self.traces = [] # what a symbolic trace needs to be done again
         self.failed,self.unknown = {},{} # modules that could not be traced, and why; what those can reach, and from where
         self.names = {t: n for n,t in [*model.named_parameters(), *model.named_buffers()]}
         self.params = {}
@@ -212,8 +213,9 @@ def held_in(
         if not issubclass(type(o), (Tensor, str, bytes, int, float, type)): todo += _content(o)
     return found
 
-# %% ../../nbs/02_fold.flow.ipynb #dda5f8eb
+# %% ../../nbs/02_fold.flow.ipynb #476c36fd
 _containers = (list, dict, set, OrderedDict, SimpleNamespace)
+_own = vars(nn.Module()).keys() - {'_parameters', '_buffers', '_modules'} # PyTorch's own bookkeeping, which no `forward` writes
 
 def _nested(o):
     "The containers in `o`, itself included, each with a copy of what it holds"
@@ -226,7 +228,7 @@ def untouched(
     model:nn.Module, # Restored on leaving: each module's attributes, the lists, dicts and sets among them, and the tensors that are no parameters
 ):
     "Undo whatever runs inside does to the attributes of `model`'s modules"
-    before = [p for m in model.modules() for p in [(m.__dict__, m.__dict__.copy()), *(q for v in m.__dict__.values() for q in _nested(v))]]
+    before = [p for m in model.modules() for p in [(m.__dict__, m.__dict__.copy()), *(q for k,v in m.__dict__.items() if k not in _own for q in _nested(v))]]
     tensors = [(t, t._version, t.detach().clone()) for _,old in before for t in (old.values() if isinstance(old, dict) else old)
                if isinstance(t, Tensor) and not isinstance(t, nn.Parameter) and not t.is_inference()]
     try: yield

@@ -104,8 +104,8 @@ def like(
     "`new` stored the way `old` is stored"
     return torch.empty_like(old, requires_grad=False).copy_(flush(new, old.dtype))
 
-# %% ../../nbs/01_fold.layers.ipynb #6773649d
-_block = 1 << 17 # numbers at a time
+# %% ../../nbs/01_fold.layers.ipynb #b964eaff
+_block = 1 << 18 # numbers at a time
 
 def _blocks(grouped):
     "Slices of the first two axes of `grouped`, each of about `_block` numbers"
@@ -129,14 +129,16 @@ def absorb(
     shift = to_float64(old.new_zeros(old.shape[:2]) if bias is None else bias.view(old.shape[:2]))
     shift = shift.clone()
     of_in,of_out = (None if f is None else [v.to(shift.device).view(groups, -1) for v in (f.scale, f.shift)] for f in (before, after))
-    buffer = shift.new_empty(max(old[at].numel() for at in _blocks(old)))
+    rows = None if after is None else of_out[0][...,None,None]
+    buffer = shift.new_empty(min(weight.numel(), max(_block, old[0,0].numel())))
     for at in _blocks(old):
-        w = buffer[:old[at].numel()].view(old[at].shape).copy_(old[at])
+        part = old[at]
+        w = buffer[:part.numel()].view(part.shape).copy_(part)
         if before is not None:
             shift[at] += (w.sum(-1)*of_in[1][at[0],None]).sum(-1)
-            w *= of_in[0][at[0],None,:,None]
-        if after is not None: w *= of_out[0][at][...,None,None]
-        new[at] = flush(w, weight.dtype)
+            w.mul_(of_in[0][at[0],None,:,None])
+        if after is not None: w.mul_(rows[at])
+        new[at].copy_(flush(w, weight.dtype))
     if after is not None: shift = shift*of_out[0] + of_out[1]
     stored = stored if stored.stride() == weight.stride() else torch.empty_like(weight).copy_(stored)
     return stored, like(weight.new_empty(shift.numel()), shift.flatten())

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FoldError', 'learner_example', 'BN_Folder']
 
-# %% ../../nbs/10_misc.bn_folding.ipynb #74114395
+# %% ../../nbs/10_misc.bn_folding.ipynb #5b2e562e
 import copy
 
 import torch
@@ -19,7 +19,7 @@ from ..fold.layers import LAYERS
 from ..fold.plan import Plan, plan_folds
 from ..fold.record import record_flow
 from ..fold.report import Report
-from ..fold.trace import trace_flow
+from ..fold.trace import same_outline, trace_flow
 from ..fold.verify import Difference, compare, count_parameters, difference, first_difference, run, tensors_in, to_double, tolerance
 
 # %% ../../nbs/10_misc.bn_folding.ipynb #dc2a18b2
@@ -98,7 +98,7 @@ class BN_Folder:
         _check_model(model)
         return model, xs
 
-# %% ../../nbs/10_misc.bn_folding.ipynb #2ac3b6a8
+# %% ../../nbs/10_misc.bn_folding.ipynb #6e61cd52
 def _clone(tree):
     "A copy of the tensors in `tree`"
     if isinstance(tree, Tensor): return tree.detach().clone()
@@ -167,10 +167,8 @@ class _Fold:
 
     def retrace(self, plan, folded):
         "The folded model's code must do what it did, but for the BatchNorms: it may have asked one for what an `nn.Identity` has not, or have held on to the original"
-        gone,now = {r.name for r in plan if r.folded}, trace_flow(folded)
-        left = [(c.op, c.module) for c in self.traced.calls if not (c.op == 'batch_norm' and c.module in gone)]
-        if left == [(c.op, c.module) for c in now.calls] and self.traced.failed.keys() == now.failed.keys(): return
-        at = next((f'{naming(n)} fails: {why}' for n,why in now.failed.items() if n not in self.traced.failed), 'it computes something else')
+        at = same_outline(self.traced, folded, {r.name for r in plan if r.folded})
+        if not at: return
         raise FoldError(f"without its BatchNorms the model's code takes another way ({at}). The original is as it was: give an example, or fold the parts of the model that do not look at their BatchNorms")
 
     def tolerance(self):
