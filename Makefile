@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test export clean-notebooks bench dist
+.PHONY: demo test export notebooks bench dist
 
 demo: $(VENV)/done ## Train on real digits, fold, compare, export, load, predict
 	$(BIN)/python demo.py
@@ -14,6 +14,10 @@ test: $(VENV)/done ## Every notebook and every test
 export: $(VENV)/done ## Write the package and README.md from the notebooks
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-clean
+	$(BIN)/python tools/readme.py
+
+notebooks: $(VENV)/done ## Run every notebook and save what it shows
+	$(BIN)/python tools/notebooks.py
 	$(BIN)/python tools/readme.py
 
 bench: $(VENV)/done ## Coverage over the zoo (resumable), then the cost of a fold

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Absorb', 'Row', 'Plan', 'uses_bias', 'plan_folds']
 
-# %% ../../nbs/06_fold.plan.ipynb #68c38c25
+# %% ../../nbs/06_fold.plan.ipynb #0b357938
 import copy
 from dataclasses import dataclass
 
@@ -20,7 +20,8 @@ from fastcore.basics import patch
 from .carry import CARRIERS, ORDERS, PARTS, Stop, Unknown, cross, nothing
 from .flow import Call, Flow, Value, naming
 from .layers import LAYERS, absorbs_before, in_channels, layer_call, out_channels
-from .trace import plain_batchnorm, trace_flow, under
+from .standin import plain_batchnorm
+from .trace import trace_flow, under
 
 # %% ../../nbs/06_fold.plan.ipynb #81239764
 @dataclass(frozen=True, eq=False)
