@@ -1,5 +1,5 @@
 "What the benchmarks share: networks, their examples, random statistics, the environment."
-import json, os, platform, warnings
+import os, platform, warnings
 from datetime import date
 from pathlib import Path
 

@@ -1,6 +1,5 @@
 "The published examples."
 import pytest, torch, torchvision
-from torch import nn
 
 from fasterai.misc.bn_folding import BN_Folder, count_parameters
 from helpers import assert_untouched, fold, norms, randomise, snapshot

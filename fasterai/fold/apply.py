@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['Unfit', 'new_weights', 'become', 'folded_copy', 'fold_inplace']
 
-# %% ../../nbs/07_fold.apply.ipynb #4776ddcc
+# %% ../../nbs/07_fold.apply.ipynb #3ad24c5c
 import copy
 from collections import OrderedDict
 
-import torch
 from torch import Tensor, nn
 
 from .affine import batchnorm_affine, take, then
 from .layers import absorb, absorb_batchnorm
-from .plan import Plan, Row, plan_folds
+from .plan import Plan
 
 # %% ../../nbs/07_fold.apply.ipynb #5c653ecd
 class Unfit(ArithmeticError):

@@ -6,7 +6,7 @@
 __all__ = ['LAYERS', 'Layer', 'LayerCall', 'layer_call', 'absorbs_before', 'out_channels', 'in_channels', 'flush', 'like',
            'absorb', 'absorb_batchnorm']
 
-# %% ../../nbs/01_fold.layers.ipynb #697cb832
+# %% ../../nbs/01_fold.layers.ipynb #ff89f50e
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .affine import Affine, then, to_float64
+from .affine import Affine, to_float64
 
 # %% ../../nbs/01_fold.layers.ipynb #c9bc29a2
 @dataclass(frozen=True)

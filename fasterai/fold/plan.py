@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Row', 'Plan', 'plan_folds']
 
-# %% ../../nbs/06_fold.plan.ipynb #63c6f487
+# %% ../../nbs/06_fold.plan.ipynb #1f4f23ea
 from dataclasses import dataclass
 
 from fastcore.basics import patch
@@ -15,7 +15,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .carry import ORDERS, PARTS, Stop, Unknown
 from .finder import Finder
 from .flow import Flow, Value, naming, under
-from .trace import trace_flow
 
 # %% ../../nbs/06_fold.plan.ipynb #128b5f8c
 @dataclass(frozen=True, eq=False)

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Report']
 
-# %% ../../nbs/09_fold.report.ipynb #5435c58d
+# %% ../../nbs/09_fold.report.ipynb #b917a473
 from dataclasses import dataclass
 from html import escape
 
-from .plan import Plan, Row
+from .plan import Plan
 from .verify import Difference
 
 # %% ../../nbs/09_fold.report.ipynb #8cedbee5

@@ -6,8 +6,7 @@
 __all__ = ['Difference', 'difference', 'tolerance', 'to_double', 'run', 'first_difference', 'count_parameters', 'Comparison',
            'compare']
 
-# %% ../../nbs/08_fold.verify.ipynb #9444a207
-import copy
+# %% ../../nbs/08_fold.verify.ipynb #c5faf599
 from dataclasses import dataclass
 
 import torch

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FoldError', 'learner_example', 'BN_Folder']
 
-# %% ../../nbs/10_misc.bn_folding.ipynb #5b2e562e
+# %% ../../nbs/10_misc.bn_folding.ipynb #101cbbd8
 import copy
 
 import torch
@@ -16,7 +16,7 @@ from ..fold.apply import Unfit, fold_inplace, folded_copy, new_weights
 from ..fold.carry import CARRIERS
 from ..fold.flow import naming, same_random_state
 from ..fold.layers import LAYERS
-from ..fold.plan import Plan, plan_folds
+from ..fold.plan import plan_folds
 from ..fold.record import record_flow
 from ..fold.report import Report
 from ..fold.trace import same_outline, trace_flow
