@@ -68,12 +68,12 @@ def _unary(names, down, up):
     "Rows for operations with one input and one output, as functions `(call, label) -> label`"
     _row(names, lambda call,v,label: [(call.outs[0], down(call, label))], lambda call,out,label: [(call.args[0], up(call, label), True)])
 
-# %% ../../nbs/03_fold.carry.ipynb #bd9b412f
+# %% ../../nbs/03_fold.carry.ipynb #63fd2f1c
 def _same(call, label):
     if 'dropout' in call.op and (_arg(call, 2, 'training', call.kwargs.get('train', True)) is not False): raise Stop('dropout is in training mode')
     return label
 
-_unary('dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout clone contiguous detach alias', _same, _same)
+_unary('dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout clone contiguous detach', _same, _same)
 
 # %% ../../nbs/03_fold.carry.ipynb #f2fe70a1
 def _spatial(call, label):
@@ -179,7 +179,7 @@ _unary('squeeze', _squeeze_down, _squeeze_up)
 _unary('unsqueeze', lambda call,label: label.unsqueeze(_arg(call, 1, 'dim')),
        lambda call,label: label.squeeze(_arg(call, 1, 'dim') % label.dim()))
 
-# %% ../../nbs/03_fold.carry.ipynb #b6c359e9
+# %% ../../nbs/03_fold.carry.ipynb #847cf23c
 def _order(call, rank):
     "Output axis `i` is input axis `order[i]`"
     probe = torch.empty([*range(2, rank+2)], device='meta')
@@ -199,8 +199,7 @@ def _shuffle(call, label, up):
     _constant(label, (c+1, c+2), call.op)
     if (call.op == 'pixel_shuffle') == up: return label.repeat_interleave(r*r, c) if label.shape[c] > 1 else label
     if label.shape[c] == 1: return label
-    groups = label.unflatten(c, (-1, r*r))
-    return _constant(shrink(groups), (c+1,), call.op).squeeze(c+1) if groups.shape[c] > 1 else shrink(label)
+    return _constant(shrink(label.unflatten(c, (-1, r*r))), (c+1,), call.op).squeeze(c+1)
 
 _unary('pixel_shuffle pixel_unshuffle', lambda call,label: _shuffle(call, label, False), lambda call,label: _shuffle(call, label, True))
 

@@ -95,7 +95,7 @@ class Finder:
         try: return all(nothing(l) for _,l in cross(call, v, label, up=False))
         except Stop: return False
 
-# %% ../../nbs/05_fold.finder.ipynb #8406e856
+# %% ../../nbs/05_fold.finder.ipynb #a74e22d6
 @patch
 def down(self:Finder, v, label):
     "The absorbers, as `(call, Absorb)`, that make up for `v` coming without what `label` says"
@@ -121,7 +121,8 @@ _fresh = {*LAYERS, 'batch_norm', 'cat', 'add', 'sub', 'mul', 'mean'} # their out
 @patch
 def origin(self:Finder, v):
     "What made the memory that `v` is in: a call, or a value that came from outside; `None` if that is not known"
-    while v.call and (self.bn_of(v.call) in self.folded or v.call.inplace or v.call.op in ORDERS | PARTS): v = v.call.args[0]
+    while isinstance(v, Value) and v.call and (self.bn_of(v.call) in self.folded or v.call.inplace or v.call.op in ORDERS | PARTS): v = v.call.args[0]
+    if not isinstance(v, Value): return None
     return v if v.call is None else v.call if v.call.op in _fresh else None
 
 @patch
@@ -133,7 +134,7 @@ def nothing_written(self:Finder, bn, calls):
         if (call.opaque or call.inplace) and (mine is None or not targets or any(not isinstance(t, Call) or t is mine for t in targets)):
             raise Stop(f'{self.what(call)} may write into its input before its output is read')
 
-# %% ../../nbs/05_fold.finder.ipynb #ec932b1e
+# %% ../../nbs/05_fold.finder.ipynb #9083f265
 @patch
 def layer(self:Finder, call, label, before, shift):
     "The part of a convolution or Linear in a fold"
@@ -163,6 +164,7 @@ def batchnorm(self:Finder, call, label, before, shift):
     if not name or call.args[5] is not False: raise Stop(f'{self.what(call)} stands between')
     if label.dim() < 2 or label.numel() != label.shape[1]: raise Stop(f'{naming(name)} normalises another axis')
     m = self.model.get_submodule(name)
+    if label.numel() not in (1, m.num_features): raise Stop(f'{naming(name)} has {m.num_features} channels, not {label.numel()}')
     if not (plain_batchnorm(m) and m.affine): raise Stop(f'{naming(name)} has no weight of its own')
     weight,bias = self.parameters(call, call.args[1], call.args[2], name)
     return Absorb(name, 'batch_norm', weight, bias, before, label.flatten().expand(m.num_features).clone(), shift)

@@ -38,7 +38,7 @@ class _Memory:
         "The values whose storage is still alive"
         return [v for ref,values in self.storages.values() if not ref.expired() for v in values.values()]
 
-# %% ../../nbs/04_fold.record.ipynb #f5ff1ebb
+# %% ../../nbs/04_fold.record.ipynb #9949f24d
 _decisions = {'item', '_local_scalar_dense', 'is_nonzero', 'equal', 'allclose', 'nonzero', 'nonzero_numpy', 'masked_select', 'unique', '_unique2', 'unique_dim', 'unique_consecutive'}
 _leaks = {'numpy', 'tolist', '__array__', 'data_ptr', '__dlpack__', 'storage', 'untyped_storage', 'share_memory_', '__repr__', '__str__', '__format__', '__reduce_ex__', '__deepcopy__', '__cuda_array_interface__'}
 
@@ -58,7 +58,7 @@ class _Recorder(TorchDispatchMode):
         values,geometry = self.memory.at(t),_geometry(t)
         if geometry not in values:
             new = Value(tuple(t.shape))
-            if values: self.flow.add('alias', (list(values.values()),), {}, [new], tuple(self.stack)) # a view that nobody announced
+            if values: self.flow.add('hidden_view', (list(values.values()),), {}, [new], tuple(self.stack)) # a view that nobody announced
             values[geometry] = new
         return values[geometry]
 
