@@ -99,7 +99,8 @@ def folded_copy(
     for row in plan:
         if not row.folded: continue
         bn = model.get_submodule(row.name)
-        memo[id(bn)] = copy.deepcopy(_replacement(bn, row.rest), memo)
+        new_bn = _replacement(bn, row.rest)
+        memo[id(bn)] = copy.deepcopy(new_bn, memo) if row.rest else new_bn
     out = copy.deepcopy(model, memo)
     for name,t in new.items():
         m,attr = _holder(out, name)

@@ -55,13 +55,13 @@ class Finder:
 
     def what(self, call):
         "A call, as a sentence has it"
-        if call.module and not self.model.get_submodule(call.module)._modules: return naming(call.module)
+        if call.module and not self.flow.modules[call.module]._modules: return naming(call.module)
         return f'`{call.op}` in {naming(call.module)}' if call.module else f'`{call.op}`'
 
     def bn_of(self, call):
         "The BatchNorm whose own call this is, or ''"
         if call.op != 'batch_norm' or not call.module: return ''
-        if call.args[3] is None: return call.module if isinstance(self.model.get_submodule(call.module), _BatchNorm) else ''
+        if call.args[3] is None: return call.module if isinstance(self.flow.modules[call.module], _BatchNorm) else ''
         return call.module if call.args[3].name.rpartition('.')[0] == call.module else ''
 
     def up(self, v, label, shift, reader):
@@ -163,7 +163,7 @@ def batchnorm(self:Finder, call, label, before, shift):
     name = self.bn_of(call)
     if not name or call.args[5] is not False: raise Stop(f'{self.what(call)} stands between')
     if label.dim() < 2 or label.numel() != label.shape[1]: raise Stop(f'{naming(name)} normalises another axis')
-    m = self.model.get_submodule(name)
+    m = self.flow.modules[name]
     if label.numel() not in (1, m.num_features): raise Stop(f'{naming(name)} has {m.num_features} channels, not {label.numel()}')
     if not (plain_batchnorm(m) and m.affine): raise Stop(f'{naming(name)} has no weight of its own')
     weight,bias = self.parameters(call, call.args[1], call.args[2], name)
@@ -219,7 +219,7 @@ def uses_bias(
 @patch
 def plain(self:Finder, name, call, gains=False):
     "Does the layer compute what its parameters say and no more?"
-    m = self.model.get_submodule(name)
+    m = self.flow.modules[name]
     return _is_torch(m) or gains and 'forward' not in vars(m) and uses_bias(m, call.op)
 
 # %% ../../nbs/05_fold.finder.ipynb #d950c843

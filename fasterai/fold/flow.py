@@ -7,7 +7,7 @@ __all__ = ['SHAPED_LIKE', 'Value', 'Call', 'values_in', 'naming', 'under', 'hook
            'held_in', 'untouched', 'same_random_state']
 
 # %% ../../nbs/02_fold.flow.ipynb #bf5c9638
-import copy,functools,random,sys
+import copy,functools,operator,random,sys
 from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -51,16 +51,18 @@ class Call:
     def module(self): return self.stack[-1] if self.stack else ''
 
 # %% ../../nbs/02_fold.flow.ipynb #198e9a0c
+_atoms = {type(None), bool, int, float, str, bytes, torch.Size, torch.dtype, torch.device}
+
 def values_in(
     tree, # Any nesting of tuples, lists, dicts and objects with a `__dict__` of their own
     kind:type=Value, # What to look for
 )->list: # Each `kind` in `tree`, in order
     "All values in a nested structure"
     if isinstance(tree, kind): return [tree]
-    if isinstance(tree, dict): tree = [*tree.values()]
+    if isinstance(tree, dict): tree = tree.values()
     elif isinstance(tree, slice): tree = [tree.start, tree.stop, tree.step]
     elif not isinstance(tree, (tuple, list, set, frozenset)): return []
-    return [o for t in tree for o in values_in(t, kind)]
+    return [o for t in tree if type(t) not in _atoms for o in values_in(t, kind)]
 
 # %% ../../nbs/02_fold.flow.ipynb #b8355d3c
 def naming(
@@ -107,6 +109,7 @@ class Flow:
         model:nn.Module, # Whose parameters and buffers get names here
     ):
         self.model,self.calls,self.entries = model,[],[]
+        self.modules = dict(model.named_modules(remove_duplicate=False))
         self.branches,self.undecided = set(),set() # modules that choose their way; those that may, and can't be followed
         self.traces = [] # what a symbolic trace needs to be done again
         self.failed,self.unknown = {},{} # modules that could not be traced, and why; what those can reach, and from where
@@ -129,7 +132,7 @@ class Flow:
     def note_hooks(self):
         "Every hook reads what its module is given and what it gives"
         for e in self.entries:
-            hook = hook_name(self.model.get_submodule(e.name))
+            hook = hook_name(self.modules[e.name])
             for v in [*e.args, *e.outs] if hook else (): v.outside = v.outside or f"the hook `{hook}` on {naming(e.name)}"
 
     def __repr__(self):
@@ -178,7 +181,7 @@ def read_written_out(
     runs = {}
     for e in flow.entries: runs.setdefault(e.name, []).append(e)
     for name,entries in runs.items():
-        m = flow.model.get_submodule(name)
+        m = flow.modules[name]
         held = [getattr(m, n, None) for n in _stats]
         if isinstance(m, nn.modules.batchnorm._NormBase) or any(not isinstance(t, Tensor) or t not in flow.names or t.dim() != 1 for t in held): continue
         own = [flow.params[flow.names[t]] for t in held]
@@ -218,7 +221,7 @@ def held_in(
         if id(o) in seen: continue
         seen.add(id(o))
         if issubclass(type(o), kind): found.append(o)
-        if not issubclass(type(o), (Tensor, str, bytes, int, float, type)): todo += _content(o)
+        if not issubclass(type(o), (Tensor, type)): todo += [c for c in _content(o) if type(c) not in _atoms]
     return found
 
 # %% ../../nbs/02_fold.flow.ipynb #476c36fd
@@ -226,27 +229,26 @@ _containers = (list, dict, set, OrderedDict, SimpleNamespace)
 _own = vars(nn.Module()).keys() - {'_parameters', '_buffers', '_modules'} # PyTorch's own bookkeeping, which no `forward` writes
 
 def _nested(o):
-    "The containers in `o`, itself included, each with a copy of what it holds"
-    if type(o) not in _containers: return []
+    "The containers in `o`, itself one, each with a copy of what it holds"
     items = vars(o) if type(o) is SimpleNamespace else o
-    return [(items, items.copy()), *(p for c in (items.values() if isinstance(items, dict) else items) for p in _nested(c))]
+    return [(items, items.copy()), *(p for c in (items.values() if isinstance(items, dict) else items) if type(c) in _containers for p in _nested(c))]
 
 @contextmanager
 def untouched(
     model:nn.Module, # Restored on leaving: each module's attributes, the lists, dicts and sets among them, and the tensors that are no parameters
 ):
     "Undo whatever runs inside does to the attributes of `model`'s modules"
-    before = [p for m in model.modules() for p in [(m.__dict__, m.__dict__.copy()), *(q for k,v in m.__dict__.items() if k not in _own for q in _nested(v))]]
+    before = [p for m in model.modules() for d in [m.__dict__] for p in [(d, d.copy()), *(q for k,v in d.items() if type(v) in _containers and k not in _own for q in _nested(v))]]
     tensors = [(t, t._version, t.detach().clone()) for _,old in before for t in (old.values() if isinstance(old, dict) else old)
-               if isinstance(t, Tensor) and not isinstance(t, nn.Parameter) and not t.is_inference()]
+               if type(t) not in _atoms and issubclass(type(t), Tensor) and not isinstance(t, nn.Parameter) and not t.is_inference()]
     try: yield
     finally:
         for o,old in before:
-            if len(o) != len(old) or old and any(a is not b for a,b in zip(_items(o), _items(old))): _refill(o, old)
+            if len(o) != len(old) or isinstance(o, dict) and [*o] != [*old] or not all(map(operator.is_, _held(o), _held(old))): _refill(o, old)
         for t,version,old in tensors:
             if t._version != version: t.detach().copy_(old)
 
-def _items(o): return [i for kv in o.items() for i in kv] if isinstance(o, dict) else o
+def _held(o): return o.values() if isinstance(o, dict) else o
 def _refill(o, old):
     o.clear()
     (o.extend if isinstance(o, list) else o.update)(old)

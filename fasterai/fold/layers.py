@@ -105,7 +105,7 @@ def like(
     return torch.empty_like(old, requires_grad=False).copy_(flush(new, old.dtype))
 
 # %% ../../nbs/01_fold.layers.ipynb #b964eaff
-_block = 1 << 18 # numbers at a time
+_block = 1 << 17 # numbers at a time
 
 def _blocks(grouped):
     "Slices of the first two axes of `grouped`, each of about `_block` numbers"

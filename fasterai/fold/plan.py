@@ -58,7 +58,7 @@ class Plan:
 @patch
 def rest(self:Finder, name, calls):
     "The children of a BatchNorm that run after it normalised, and must stay"
-    if type(self.model.get_submodule(name)).__call__ is not nn.Module.__call__: raise Stop('it has a `__call__` of its own')
+    if type(self.flow.modules[name]).__call__ is not nn.Module.__call__: raise Stop('it has a `__call__` of its own')
     runs = self.runs_of.get(name, [])
     more = [c for c in self.calls_of[name] if c not in calls]
     if more: raise Stop(f'its `forward` also does `{more[0].op}`')
@@ -73,7 +73,7 @@ def rest(self:Finder, name, calls):
         orders.add(tuple(k.name for k in mine))
         if run.args != [call.args[0]] or run.outs != [at] or not run.one: raise Stop('its `forward` does more than normalise')
     if len(orders) > 1 or len(set(kept := orders.pop())) < len(kept): raise Stop('its `forward` does not always do the same')
-    return tuple(k for k in kept if type(self.model.get_submodule(k)) is not nn.Identity)
+    return tuple(k for k in kept if type(self.flow.modules[k]) is not nn.Identity)
 
 # %% ../../nbs/06_fold.plan.ipynb #b4535ca7
 def _stat_names(flow, call): return tuple(v and v.name for v in call.args[1:5])

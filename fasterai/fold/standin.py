@@ -6,7 +6,7 @@
 __all__ = ['INPLACE', 'METADATA', 'Opaque', 'phi', 'plain_batchnorm', 'known_layer', 'variants', 'trace_ways']
 
 # %% ../../nbs/03_fold.standin.ipynb #7fc015d3
-import builtins,dis,functools,inspect,math,operator,threading
+import builtins,dis,functools,gc,inspect,math,operator,threading,weakref
 from contextlib import ExitStack, contextmanager
 from itertools import product
 from math import prod
@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from .flow import held_in, same_random_state, untouched, values_in
+from .flow import same_random_state, untouched, values_in
 
 # %% ../../nbs/03_fold.standin.ipynb #99f3860c
 class Opaque(BaseException): # not an Exception: no `try` in a `forward` may swallow it
@@ -56,6 +56,8 @@ class _Held(_Value):
 def _len(o):
     "`len`, in the modules whose functions are traced: the built-in one can give nothing but a number"
     return o.tracer.create_proxy('call_function', builtins.len, (o,), {}) if issubclass(type(o), fx.Proxy) else builtins.len(o)
+
+def _nodes(tree): return [p.node for p in values_in(tree, fx.Proxy)]
 
 def phi(*ways):
     "Stands in a graph for the value of one of several ways"
@@ -103,14 +105,15 @@ class _Tracer(fx.Tracer):
     def __init__(self, names, params, opaque):
         super().__init__()
         self.names,self.params,self.opaque,self.graph = names,params,opaque,fx.Graph()
-        self.thread,self.stack,self.frames,self.calls,self.read,self.proxies,self.branched,self.patched,self.tries = threading.get_ident(),[],[],[],set(),{},set(),{},0
+        self.thread,self.stack,self.frames,self.calls,self.read,self.proxies,self.branched,self.patched,self.tries,self.made = threading.get_ident(),[],[],[],set(),{},set(),{},0,[]
 
     def call_module(self, m, args, kwargs):
         if m not in self.names: raise Opaque(self.here(), f'it calls a {type(m).__name__} that is no part of the model', choice=False)
         self.stack.append(self.names[m])
         try:
             out = self.leaf(m, args, kwargs) if type(m) in self.opaque or plain_batchnorm(m) or known_layer(m) else self.ways(m, args, kwargs)
-            self.calls.append((tuple(self.stack), args, kwargs, out))
+            one = len(args) == 1 and not kwargs and all(issubclass(type(o), fx.Proxy) for o in (args[0], out))
+            self.calls.append((tuple(self.stack), _nodes([args, kwargs]), _nodes(out), one))
             return out
         finally: self.stack.pop()
 
@@ -166,23 +169,36 @@ class _Tracer(fx.Tracer):
         of_numbers = parts and all(p.meta.get('number') for p in parts)
         asks = node.target is builtins.len or node.op == 'call_method' and node.target in METADATA or node.target is getattr and node.args[1] in METADATA
         node.meta['number'] = asks or of_numbers
-        return _Number(node, self) if node.meta['number'] else _Value(node, self)
+        return self.made_one((_Number if node.meta['number'] else _Value)(node, self))
+
+    def made_one(self, proxy):
+        self.made.append(weakref.ref(proxy))
+        return proxy
+
+    def still_held(self):
+        "What the stand-ins stand for that something still holds when the trace is over: a later call could meet them"
+        self.proxies.clear()
+        alive = lambda: [p.node for ref in self.made if (p := ref()) is not None]
+        if alive(): gc.collect()
+        return alive()
 
     def stand_in(self, t):
         "What stands for a tensor of the model, or `t` itself"
         name = self.params.get(t)
         if name is None: return t
-        if name not in self.proxies: self.proxies[name] = _Held(self.create_node('get_attr', name, (), {}), self, t)
+        if name not in self.proxies: self.proxies[name] = self.made_one(_Held(self.create_node('get_attr', name, (), {}), self, t))
         return self.proxies[name]
 
     def create_arg(self, a):
-        if issubclass(type(a), fx.Proxy): return a.node
+        kind = type(a)
+        if issubclass(kind, fx.Proxy): return a.node
+        if kind in (tuple, list): return kind(map(self.create_arg, a))
         if not isinstance(a, Tensor): return super().create_arg(a)
         p = self.stand_in(a)
         return p.node if issubclass(type(p), fx.Proxy) else self.create_node('get_attr', '', (), {})
 
-    def create_node(self, *args, **kwargs):
-        node = super().create_node(*args, **kwargs)
+    def create_node(self, kind, target, args, kwargs, name=None, type_expr=None):
+        node = self.graph.create_node(kind, target, args, kwargs, f'n{len(self.graph.nodes)}')
         node.meta['stack'] = tuple(self.stack)
         return node
 
@@ -227,10 +243,10 @@ METADATA = {'size', 'dim', 'ndim', 'ndimension', 'shape', 'dtype', 'device', 'nu
              'is_floating_point', 'is_complex', 'is_cuda', 'layout', 'requires_grad', 'element_size', 'get_device', '_assert', 'len', '__len__'}
 
 # %% ../../nbs/03_fold.standin.ipynb #440f3df2
-def _given(tracer, p, way):
-    "What is passed for one parameter of a `forward`: a value, or a stand-in"
-    if way == 'stand-in': return tracer.create_proxy('placeholder', p.name, (), {})
-    return p.default if way == 'default' else way
+def _given(tracer, variant):
+    "The arguments of a `forward`, values or stand-ins"
+    value = lambda p, way: tracer.create_proxy('placeholder', p.name, (), {}) if way == 'stand-in' else p.default if way == 'default' else way
+    return [value(p, way) for p,way in variant if p.kind is not p.KEYWORD_ONLY], {p.name: value(p, way) for p,way in variant if p.kind is p.KEYWORD_ONLY}
 
 def variants(m):
     "Ways to call `m.forward`, as lists of (parameter, 'stand-in', 'default' or a value)"
@@ -245,14 +261,12 @@ def trace_ways(m, names, params, opaque, variant):
     tracer = _Tracer(names, params, opaque)
     reads = _Reads(tracer)
     tracer.stack.append(names[m])
-    given = [(p, _given(tracer, p, way)) for p,way in variant]
-    args,kwargs = [v for p,v in given if p.kind is not p.KEYWORD_ONLY], {p.name: v for p,v in given if p.kind is p.KEYWORD_ONLY}
     with ExitStack() as ctx:
         for c in (untouched(m), same_random_state()): ctx.enter_context(c)
         ctx.callback(reads.restore)
         ctx.enter_context(tracer.watching())
-        with reads: out = tracer.ways(m, args, kwargs)
-        tracer.kept = [p.node for p in held_in(m, fx.Proxy)] # stand-ins that a later call would meet
-    tracer.create_node('output', 'output', tuple(p.node for p in values_in(out, fx.Proxy)), {})
+        with reads: out = _nodes(tracer.ways(m, *_given(tracer, variant)))
+        tracer.kept = tracer.still_held()
+    tracer.create_node('output', 'output', tuple(out), {})
     tracer.variant = variant
     return tracer

@@ -103,10 +103,8 @@ class _Graph:
     def __init__(self, flow, tracer):
         self.flow,self.of = flow,{}
         for node in tracer.graph.nodes: self.of[node] = self.read(node, node.meta['stack'])
-        values = lambda tree: [v for p in values_in(tree, fx.Proxy) if isinstance(v := self.of.get(p.node), Value)]
-        for stack,args,kwargs,out in tracer.calls:
-            one = len(args) == 1 and not kwargs and isinstance(args[0], fx.Proxy) and isinstance(out, fx.Proxy)
-            flow.entries.append(Entry(stack[-1], stack, values([args, kwargs]), values(out), one))
+        values = lambda nodes: [v for n in nodes if isinstance(v := self.of.get(n), Value)]
+        for stack,args,outs,one in tracer.calls: flow.entries.append(Entry(stack[-1], stack, values(args), values(outs), one))
         for name in tracer.read: flow.params[name].outside = 'a computation on weights'
         for v in (self.of.get(n) for n in tracer.kept):
             if isinstance(v, Value): v.outside = 'a later call, for which it is kept'
@@ -133,7 +131,7 @@ class _Graph:
 
     def module(self, name, args, kwargs, stack, training):
         "The one operation of a module that is not looked into"
-        m = self.flow.model.get_submodule(name)
+        m = self.flow.modules[name]
         if len(args) != 1 or kwargs or not isinstance(args[0], Value) or not (plain_batchnorm(m) or known_layer(m)): return self.call(type(m).__name__, args, kwargs, stack, opaque=True)
         if type(m) is nn.ReLU: return self.call('relu', args, {}, stack, m.inplace)
         if not isinstance(m, _BatchNorm):
@@ -164,7 +162,7 @@ def trace_flow(
             if type(m).forward is nn.Module.forward or name and (known_layer(m) or plain_batchnorm(m)): continue
             seen.add(m)
             for tracer in _trace_root(m, flow, names, opaque):
-                seen.update(model.get_submodule(stack[-1]) for stack,*_ in tracer.calls)
+                seen.update(flow.modules[stack[-1]] for stack,*_ in tracer.calls)
                 flow.branches |= tracer.branched
                 flow.traces.append((name, tracer.variant, set(opaque), tracer.outline()))
                 _Graph(flow, tracer)
@@ -181,7 +179,7 @@ def same_outline(
     names,new = {m: n for n,m in folded.named_modules()}, Flow(folded)
     with _lock:
         for name,variant,opaque,outline in flow.traces:
-            try: now = trace_ways(folded.get_submodule(name), names, new.names, opaque, variant).outline(gone)
+            try: now = trace_ways(new.modules[name], names, new.names, opaque, variant).outline(gone)
             except (Opaque, Exception) as e: return f"{naming(name)} fails: {getattr(e, 'why', e)}"
             was = [o for o in outline if not (o[0] == 'call_module' and o[1] in gone) and o[2] not in gone]
             if now != was: return f'{naming(name)} computes something else'
