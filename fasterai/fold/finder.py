@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .bake import computing
 from .carry import CARRIERS, ORDERS, PARTS, Stop, Unknown, cross, nothing
 from .flow import Call, Value, naming, under
 from .layers import LAYERS, absorbs_before, in_channels, layer_call, out_channels
@@ -135,6 +136,8 @@ def nothing_written(self:Finder, bn, calls):
             raise Stop(f'{self.what(call)} may write into its input before its output is read')
 
 # %% ../../nbs/05_fold.finder.ipynb #9083f265
+_real = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+
 @patch
 def layer(self:Finder, call, label, before, shift):
     "The part of a convolution or Linear in a fold"
@@ -143,7 +146,7 @@ def layer(self:Finder, call, label, before, shift):
     name = args.weight.name.rpartition('.')[0] if isinstance(args.weight, Value) and args.weight.name else call.module
     weight,bias = self.parameters(call, args.weight, args.bias, name)
     w = self.model.get_parameter(weight)
-    if not w.is_floating_point(): raise Stop(f'`{name}` does not hold real numbers')
+    if w.dtype not in _real or type(w) not in (Tensor, nn.Parameter): raise Stop(f"{naming(name)}'s weight is a {type(w).__name__} of {w.dtype}")
     if before:
         why = absorbs_before(call.op, args, tuple(w.shape[2:]))
         if why: raise Stop(f'{naming(name)} {why}')
@@ -174,7 +177,7 @@ def parameters(self:Finder, call, weight, bias, name):
     "The names of a layer's weight and bias, if they are its own and plain"
     for v,attr in ((weight, 'weight'), (bias, 'bias')):
         if v is None: continue
-        if not isinstance(v, Value) or v.name not in self.owners: raise Stop(f"{naming(name)}'s {attr} is computed")
+        if not isinstance(v, Value) or v.name not in self.owners: raise Stop(f"{naming(name)}'s {attr} is computed{' (see `bake`)' if name in self.flow.modules and attr in computing(self.flow.modules[name]) else ''}")
         if v.outside: raise Stop(f"{naming(name)}'s {attr} is also read by {v.outside}")
         if len(self.owners[v.name]) > 1:
             raise Stop(f"{naming(name)}'s {attr} is shared with {', '.join(f'`{o}`' for o,_ in self.owners[v.name][1:])}")

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .bake import computing
+
 # %% ../../nbs/02_fold.flow.ipynb #efae833b
 @dataclass(eq=False)
 class Value:
@@ -133,7 +135,9 @@ class Flow:
         "Every hook reads what its module is given and what it gives"
         for e in self.entries:
             hook = hook_name(self.modules[e.name])
-            for v in [*e.args, *e.outs] if hook else (): v.outside = v.outside or f"the hook `{hook}` on {naming(e.name)}"
+            if not hook: continue
+            ends = ' (see `bake`)' if computing(self.modules[e.name]) else ''
+            for v in [*e.args, *e.outs]: v.outside = v.outside or f"the hook `{hook}` on {naming(e.name)}{ends}"
 
     def __repr__(self):
         names = {v: v.name or f'v{i}' for i,v in enumerate(dict.fromkeys(v for c in self.calls for v in [*c.inputs, *c.outs]))}

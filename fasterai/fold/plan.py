@@ -12,6 +12,7 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .bake import computing
 from .carry import ORDERS, PARTS, Stop, Unknown
 from .finder import Finder
 from .flow import Flow, Value, naming, under
@@ -85,7 +86,7 @@ def judge(self:Finder, name, calls, confirm=None):
         if calls[0].args[5] is not False: raise Stop('it has no running statistics and uses those of the batch')
         stats = _stat_names(self.flow, calls[0])
         if len({(_stat_names(self.flow, c), c.args[7]) for c in calls}) > 1: raise Stop('it is not always called in the same way')
-        if '' in stats: raise Stop('its statistics or its weight are computed')
+        if '' in stats: raise Stop('its statistics or its weight are computed' + (' (see `bake`)' if computing(self.flow.modules[name]) else ''))
         self.known(name)
         for n in filter(None, stats):
             other = next((r for r in self.flow.params[n].readers if r not in calls), None)
@@ -146,12 +147,14 @@ def _confirm(flow, symbolic, rows):
 
 def _uncalled(flow, name, row):
     "The `Row` of a BatchNorm that the recorded run did not call, given its symbolic one"
+    if any(e.name == name for e in flow.entries): return Row(name, why=_untraced(flow, name))
     if row is None or not row.folded: return Row(name, why='not called in this forward' + (f'; {row.why}' if row else ''))
     called = next((a.layer for a in row.absorbs if flow.params[a.weight].readers), '')
     return Row(name, why=f'not called in this forward, but `{called}` is') if called else row
 
 def _untraced(symbolic, name):
     "Why a BatchNorm is not in a symbolic flow"
+    if any(e.name == name for e in symbolic.entries): return 'its `forward` does not normalise as a BatchNorm does'
     at = next((f for f in symbolic.failed if under(name, f)), None)
     if at is None: return 'nothing calls it'
     return f"the `forward` of {naming(at)} can't be followed without an example: {symbolic.failed[at]}"

@@ -10,6 +10,7 @@ import operator,threading
 from math import prod
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -85,9 +86,13 @@ def _usual_shape(op, args, kwargs):
         return x.shape[:-n] + size
 
 # %% ../../nbs/04_fold.trace.ipynb #eabd78b2
-def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
-    "The arguments of `F.batch_norm` in the order of PyTorch's own operation"
-    return input, weight, bias, running_mean, running_var, training, momentum, eps
+_aten = ('input', 'weight', 'bias', 'running_mean', 'running_var', 'training', 'momentum', 'eps')
+_functional = ('input', 'running_mean', 'running_var', 'weight', 'bias', 'training', 'momentum', 'eps')
+
+def _batch_norm(target, args, kwargs):
+    "The arguments of a batch norm in the order of PyTorch's own operation, which `F.batch_norm` has not"
+    given = dict(weight=None, bias=None, training=False, momentum=.1, eps=1e-5) | dict(zip(_functional if target is F.batch_norm else _aten, args)) | kwargs
+    return tuple(given[n] for n in _aten)
 
 def _op_name(target, args):
     "What is called, and whether it writes into its argument"
@@ -121,7 +126,7 @@ class _Graph:
         op,inplace = _op_name(node.target, args)
         if op in METADATA or not values_in((args, kwargs)): return node
         if op == 'getitem' and isinstance(args[0], (tuple, list)): return args[0][args[1]]
-        if op == 'batch_norm': args,kwargs = _batch_norm(*args, **kwargs), {}
+        if op == 'batch_norm': args,kwargs = _batch_norm(node.target, args, kwargs), {}
         parts = [u.args[1] for u in node.users if u.op == 'call_function' and u.target is operator.getitem and isinstance(u.args[1], int)]
         n = max(parts, default=-1)+1 if op in ('chunk', 'split', 'unbind') and len(parts) == len(node.users) else 0
         return self.call(op, args, kwargs, stack, inplace or kwargs.get('inplace') is True or 'out' in kwargs, n)
