@@ -390,6 +390,14 @@ def test_forward_that_raises(inplace):
         assert 'at work' in str(e.value)
         assert_untouched(model, before)
 
+def test_no_hook_is_left_on_all_modules():
+    "Nor a word of one: it would slow down every module in the process"
+    hooks = lambda: {k: list(v) for k, v in vars(nn.modules.module).items() if k.startswith('_global_') and 'hook' in k and isinstance(v, dict)}
+    before, model = hooks(), chain()
+    BN_Folder().fold(model, x)
+    with pytest.raises(ValueError): BN_Folder().fold(model, x[:, :3])
+    assert hooks() == before and not nn.modules.module._has_any_global_hook()
+
 @pytest.mark.parametrize('inplace', [False, True], ids=['copy', 'inplace'])
 def test_example_that_does_not_fit(inplace):
     model = chain()

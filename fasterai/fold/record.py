@@ -8,10 +8,12 @@ __all__ = ['tensors_in', 'record_flow']
 # %% ../../nbs/04_fold.record.ipynb #7cf6eab1
 import gc,inspect,threading
 from contextlib import ExitStack, contextmanager
+from itertools import product
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules import module as nn_module
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -122,6 +124,8 @@ class _Leaks(TorchFunctionMode):
 # %% ../../nbs/04_fold.record.ipynb #041d4c9f
 _with_kwargs = {'with_kwargs': True} if 'with_kwargs' in inspect.signature(register_module_forward_hook).parameters else {}
 
+_notes = [v for k,v in vars(nn_module).items() if k.startswith('_global_') and isinstance(v, dict)] # what PyTorch keeps of the hooks that hold for all modules
+
 @contextmanager
 def _entries(recorder):
     "Keeps the recorder's stack while modules run"
@@ -146,7 +150,7 @@ def _entries(recorder):
     handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True, **_with_kwargs)]
     try: yield
     finally:
-        for h in handles: h.remove()
+        for h,notes in product(handles, _notes): notes.pop(h.id, None) # the hook, and what `h.remove()` leaves: it would slow down every module call from now on
 
 # %% ../../nbs/04_fold.record.ipynb #7fdb4e63
 def tensors_in(
