@@ -72,9 +72,11 @@ def learner_example(
     dls,model = learn.dls,learn.model
     loaders = [dl for dl in (getattr(dls, 'valid', None), getattr(dls, 'train', None)) if dl is not None and getattr(dl, 'dataset', None) is not None and len(dl)]
     if not loaders: raise ValueError("this Learner has no data to take an example from: pass one, as in `fold(learn, x)`, or fold `learn.model`")
-    with same_random_state(): batch = loaders[0].one_batch()
     device = next((t.device for t in (*model.parameters(), *model.buffers())), 'cpu')
-    return tuple(_move(o, device, n) for o in batch[:getattr(dls, 'n_inp', 1)])
+    try:
+        with same_random_state(): batch = loaders[0].one_batch()
+        return tuple(_move(o, device, n) for o in batch[:getattr(dls, 'n_inp', 1)])
+    except Exception as e: raise ValueError(f"no example could be taken from this Learner's data ({type(e).__name__}: {e}): pass one, as in `fold(learn, x)`") from e
 
 # %% ../../nbs/10_misc.bn_folding.ipynb #426749c2
 _known = frozenset({*LAYERS, *CARRIERS, 'batch_norm'})
