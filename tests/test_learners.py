@@ -1,5 +1,5 @@
 "fastai's own Learners: trained for a moment, folded, and used in every way that a Learner is used."
-import copy, pickle
+from copy import deepcopy
 
 import numpy as np, pandas as pd, pytest, torch
 from fastai.callback.fp16 import MixedPrecision
@@ -14,7 +14,7 @@ from torch import nn
 from fasterai.misc.all import *
 from helpers import norms
 
-for name in [n for n in globals() if n.startswith('test_')]: del globals()[name] # fastai brings some along, which are no tests of ours
+for name in [n for n in globals() if n.startswith('test')]: del globals()[name] # fastai brings some along, which are no tests of ours
 pytestmark = pytest.mark.filterwarnings('ignore')
 
 
@@ -54,7 +54,7 @@ def trained(learn, lr=1e-3):
 
 def assert_same(learn, kept, exact=1e-4):
     "Fold, and compare over the whole validation set; `(new Learner, Check)`"
-    before = copy.deepcopy(learn.model.state_dict())
+    before = deepcopy(learn.model.state_dict())
     new = learn.fold_bn(show=False)
     assert learn.model is not new.model and all(torch.equal(v, before[k]) for k, v in learn.model.state_dict().items())
     assert new.bn_report.kept == len(norms(new.model)) <= kept, new.bn_report
@@ -129,9 +129,8 @@ def test_tabular():
     df = pd.DataFrame(dict(a=g.normal(3, 2, 80), b=g.normal(-1, .5, 80), c=g.choice(['x', 'y', 'z'], 80)))
     df['y'] = np.where(df.a + (df.c == 'x') > 3, 'yes', 'no')
     dls = TabularDataLoaders.from_df(df, procs=[Categorify, Normalize], cat_names=['c'], cont_names=['a', 'b'], y_names='y', y_block=CategoryBlock(), bs=16)
-    learn = trained(tabular_learner(dls, layers=[20, 10], metrics=accuracy))
-    new, found = assert_same(learn, 1)
-    assert [r.name for r in new.bn_report if not r.folded] == ['bn_cont']
+    learn = trained(tabular_learner(dls, layers=[20, 10], n_out=2, metrics=accuracy))
+    new, found = assert_same(learn, 0) # the one on the raw numbers too: behind it stands a concatenation, and then a Linear
     row = df.iloc[0]
     torch.testing.assert_close(learn.predict(row)[2], new.predict(row)[2])
 
@@ -163,12 +162,12 @@ def test_several_inputs():
 def test_gan():
     "A GAN's generator and critic, folded from the Learner's model; its callbacks follow to the folded modules"
     set_seed(0)
-    items = list(zip(torch.randn(16, 8, 1, 1), torch.randn(16, 3, 16, 16)))
+    items = list(zip(torch.randn(16, 8), torch.randn(16, 3, 16, 16)))
     dls = Datasets(items, [[ItemGetter(0)], [ItemGetter(1)]], splits=[range(8), range(8, 16)]).dataloaders(bs=4, num_workers=0)
     learn = quiet(GANLearner.wgan(dls, basic_generator(16, 3, in_sz=8, n_extra_layers=1), basic_critic(16, 3, n_extra_layers=1, act_cls=partial(nn.LeakyReLU, .2))))
     with learn.no_logging(): learn.fit(1, 1e-4)
     learn.model.eval()
-    z, images = torch.randn(4, 8, 1, 1), torch.randn(4, 3, 16, 16)
+    z, images = torch.randn(4, 8), torch.randn(4, 3, 16, 16)
     for part, x in (('generator', z), ('critic', images)):
         model, bn = getattr(learn.model, part), BN_Folder()
         new = bn.fold(model, x)
@@ -193,11 +192,12 @@ def test_half_precision(to):
 
 def test_distributed():
     "`to_distributed` adds a callback that wraps the model while it trains; the folded Learner has one for itself, and `parallel_ctx` still folds"
-    from fastai.distributed import DistributedTrainer, ParallelTrainer
+    pytest.importorskip('accelerate', reason="fastai's distributed training needs accelerate")
+    from fastai.distributed import ParallelTrainer
     learn = quiet(Learner(image_dls(), xresnet18(n_out=2), loss_func=CrossEntropyLossFlat(), cbs=[ParallelTrainer(device_ids=[])]))
     with learn.no_logging(): learn.fit(1, 1e-3)
     new, found = assert_same(learn, 0)
-    assert type(new.model) is type(learn.model) and new.parallel.learn is new
+    assert type(new.model) is type(learn.model) and [c.learn for c in new.cbs if isinstance(c, ParallelTrainer)] == [new]
 
 
 def test_callbacks():
@@ -210,7 +210,7 @@ def test_callbacks():
     assert new.watch.layer is new.model[0] and learn.watch.layer is learn.model[0]
 
 
-def test_errors(tmp_path):
+def test_errors(tmp_path, monkeypatch):
     learn = quiet(Learner(image_dls(), xresnet18(n_out=2), loss_func=CrossEntropyLossFlat(), path=tmp_path))
     with learn.no_logging(): learn.lr_find(num_it=5, show_plot=False)
     learn.model.train()
@@ -224,6 +224,6 @@ def test_errors(tmp_path):
     new = loaded.fold_bn(x, show=False)
     torch.testing.assert_close(loaded.model(x), new.model(x), atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match='no validation data'): check(loaded, new)
-    learn.dls.valid.device = learn.dls.device = torch.device('cuda:7') # gone
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="no example could be taken from this Learner's data"): learn.fold_bn()
+    def gone(self): raise RuntimeError('no such device')
+    monkeypatch.setattr(type(learn.dls.valid), 'one_batch', gone)
+    with pytest.raises(ValueError, match="no example could be taken from this Learner's data .*no such device.* pass one"): learn.fold_bn()

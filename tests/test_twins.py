@@ -22,6 +22,15 @@ class Bag(Net):
     def __init__(self, **layers): super().__init__(**layers); self.bag = [*layers.values()]
 
 
+class Swish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x): return x*x.sigmoid()
+class Masked(nn.Conv2d):
+    "Takes a mask, as speech models do for the lengths of their inputs"
+    def forward(self, x, mask): return super().forward(x*mask)
+class MaskedDeaf(nn.Conv2d):
+    "The same, without its bias"
+    def forward(self, x, mask): return F.conv2d(x*mask, self.weight, None)
 def hooked(m): m.register_forward_hook(lambda m, x, y: None); return m
 
 
@@ -49,6 +58,9 @@ folds = dict( # every BatchNorm is folded, with an example and without
     frozen_weights=lambda: net(lambda m, x: m.bn(m.conv(x)), conv=conv().requires_grad_(False), bn=bn()),
     flatten_before=lambda: net(lambda m, x: m.bn(m.fc(x.flatten(1))), fc=lin(144), bn=bn1()),
     shape_asked_between=lambda: net(lambda m, x: m.bn(c) if (c := m.conv(x)).shape[1] == 4 else m.bn(c).relu(), conv=conv(), bn=bn()),
+    summed_by_python=lambda: net(lambda m, x: m.bn(sum([m.a(x), m.b(x)])), a=conv(), b=conv(k=1), bn=bn()),
+    autograd_function_behind=lambda: net(lambda m, x: Swish.apply(m.bn(m.conv(x))), conv=conv(), bn=bn()),
+    layers_held_in_a_sequential=lambda: net(lambda m, x: functools.reduce(lambda y, l: l(y) + x, m.held, x), held=nn.Sequential(*[nn.Sequential(conv(), bn()) for _ in range(2)])),
     both_ways_fold=lambda: net(lambda m, x: m.bn(m.conv(x)) if x.mean() > 0 else m.bn(m.conv(x)).relu(), conv=conv(), bn=bn()),
 )
 keeps = dict( # no BatchNorm is folded, with an example or without; the reason names what stands in the way
@@ -81,6 +93,8 @@ keeps = dict( # no BatchNorm is folded, with an example or without; the reason n
     old_weight_norm=(lambda: net(lambda m, x: m.bn(m.conv(x)), conv=nn.utils.weight_norm(conv()), bn=bn()), ''),
     spectral_norm=(lambda: net(lambda m, x: m.bn(m.conv(x)), conv=nn.utils.parametrizations.spectral_norm(conv()), bn=bn()), ''),
     pruned=(lambda: net(lambda m, x: m.bn(m.conv(x)), conv=prune.l1_unstructured(conv(), 'weight', .5), bn=bn()), ''),
+    cut_off_and_read=(lambda: net(lambda m, x: m.bn((c := m.conv(x))[:, :, :-1]) + c[:, :, 1:], conv=conv(), bn=bn()), ''),
+    one_added=(lambda: net(lambda m, x: m.bn(m.conv(x) + 1), conv=conv(), bn=bn()), 'adds a number'),
     multiplied=(lambda: net(lambda m, x: m.bn(m.conv(x) * m.other(x)), conv=conv(), other=conv(), bn=bn()), 'mul'),
 )
 with_example = dict( # what only a recorded run shows
@@ -90,6 +104,10 @@ with_example = dict( # what only a recorded run shows
     qkv=lambda: (net(lambda m, x: m.q(y := m.bn(x)) + m.k(y) * m.v(y), bn=bn1(), q=lin(), k=lin(), v=lin()), flat),
     slices_apart=lambda: (net(lambda m, x: torch.cat([m.a(c[:, :2]), m.b(c[:, 2:])], 1) if (c := m.conv(x)) is not None else 0, conv=conv(), a=bn(2), b=bn(2)), x),
     one_slice=lambda: (net(lambda m, x: torch.cat([m.a(p), q], 1) if (c := m.conv(x)) is not None and (p := c[:, :2]) is not None and (q := c[:, 2:].relu()) is not None else 0, conv=conv(), a=bn(2)), x),
+    last_positions_cut_off=lambda: (net(lambda m, x: m.bn(m.conv(x)[:, :, :-2, 1:]), conv=conv(), bn=bn()), x),
+    first_position=lambda: (net(lambda m, x: m.bn(m.conv(x)[:, :, 0]), conv=conv(), bn=nn.BatchNorm1d(4)), x),
+    antialiased=lambda: (net(lambda m, x: m.bn(F.interpolate(m.conv(x), scale_factor=.5, mode='bilinear', antialias=True)), conv=conv(), bn=bn()), x),
+    layer_with_a_mask=lambda: (net(lambda m, x: m.bn(m.conv(x, x.new_ones(3, 1, 6, 6))), conv=Masked(4, 4, 3, bias=False), bn=bn()), x),
     chunks=lambda: (net(lambda m, x: (lambda a, b: m.a(a) * b.sigmoid())(*m.conv(x).chunk(2, 1)), conv=conv(), a=bn(2)), x),
     flattened_into_linear=lambda: (net(lambda m, x: m.fc(m.bn(x).flatten(1)), bn=bn(), fc=lin(144, 3)), x),
     viewed_into_linear=lambda: (net(lambda m, x: m.fc(m.bn(x).view(len(x), -1)), bn=bn(), fc=lin(144, 3)), x),
@@ -119,6 +137,7 @@ class Doubles(nn.BatchNorm2d):
     "Normalises and more"
     def forward(self, x): return super().forward(x) * 2
 keeps_with_example = dict(
+    ignores_its_bias_and_takes_a_mask=(lambda: (net(lambda m, x: m.bn(m.conv(x, x.new_ones(3, 1, 6, 6))), conv=MaskedDeaf(4, 4, 3, bias=False), bn=bn()), x), 'may not use the bias'),
     ignores_its_bias=(lambda: (net(lambda m, x: m.bn(m.conv(x)), conv=Deaf(4, 4, 3, bias=False), bn=bn()), x), 'may not use the bias'),
     scales_its_output=(lambda: (net(lambda m, x: m.bn(m.conv(x)), conv=Loud(4, 4, 3), bn=bn()), x), 'stands between'),
     own_padding_after=(lambda: (net(lambda m, x: m.conv(m.bn(x)), conv=Same(4, 4, 2, 2), bn=bn()), x), 'pad'),

@@ -93,7 +93,7 @@ def _pad(call, label):
 
 _unary('adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d '
        'replication_pad2d replication_pad3d interpolate upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d '
-       'upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d', _spatial, _spatial)
+       'upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa', _spatial, _spatial)
 _unary('avg_pool1d avg_pool2d avg_pool3d', _avg_pool, _avg_pool)
 _unary('pad', _pad, _pad)
 
@@ -250,11 +250,27 @@ def _part_down(call, v, label): return [(o, shrink(part)) for o,part in zip(call
 def _part_up(call, out, label):
     v = call.args[0]
     if v.shape is None: raise Unknown('the size of a tensor on the way is not known')
-    whole = torch.full([*_full(call, torch.full([1]*len(v.shape), -1)).shape], -1)
-    places = _cut(call, torch.arange(whole.numel()).view(whole.shape))[call.outs.index(out)]
+    i,shape = call.outs.index(out), [*_full(call, torch.full([1]*len(v.shape), -1)).shape]
+    small = _cut(call, torch.empty(shape))[i].shape
+    for d in (d for d,n in enumerate(shape) if n == 1): # an axis that is not cut is as long as the label's
+        wider = _cut(call, torch.empty([2 if e == d else n for e,n in enumerate(shape)]))[i].shape
+        shape[d] = next((label.shape[e] for e in range(len(small)) if len(small) == label.dim() and wider[e] != small[e]), 1)
+    whole = torch.full(shape, -1)
+    places = _cut(call, torch.arange(whole.numel()).view(shape))[i]
     if places.dim() != label.dim() or any(n > p for p,n in zip(places.shape, label.shape)): raise Stop(f'`{call.op}` takes only some of the positions')
     whole.view(-1)[places.reshape(-1)] = label.expand(places.shape).reshape(-1)
-    return [(v, shrink(whole), True)]
+    alone = v.readers == [call] and len(call.outs) == 1
+    return [(v, shrink(_spread(whole, places) if alone else whole), True)]
+
+def _spread(whole, places):
+    "What nobody reads may take what the part takes, along every axis on which that is the same"
+    covered = torch.zeros_like(whole, dtype=torch.bool)
+    covered.view(-1)[places.reshape(-1)] = True
+    for d in range(whole.dim()):
+        at = covered.movedim(d, 0).flatten(1).any(1).nonzero()[:,0]
+        part = whole.index_select(d, at)
+        if len(at) and (part == part.narrow(d, 0, 1)).all(): whole,covered = part.narrow(d, 0, 1), covered.index_select(d, at[:1])
+    return whole
 
 for o in ('slice', 'select', 'narrow', 'unbind', 'split', 'split_with_sizes', 'chunk', 'getitem'): CARRIERS[o] = Carrier(_part_down, _part_up)
 PARTS = {'slice', 'select', 'narrow', 'unbind', 'split', 'split_with_sizes', 'chunk', 'getitem'}
@@ -281,8 +297,11 @@ def _cat_up(call, out, label):
 
 _row('cat concat concatenate', _cat_down, _cat_up)
 
+def _is_zero(t): return type(t) in (int, float) and t == 0
+
 def _sum_up(call, out, label):
     terms = call.args[:2]
+    if call.op == 'add' and sum(map(_is_zero, terms)) == 1: return [(t, label, True) for t in terms if not _is_zero(t)] # as Python's `sum` begins
     if not all(isinstance(t, Value) for t in terms) or len(call.args) > 2 or call.kwargs.get('alpha', 1) != 1: raise Stop(f'`{call.op}` adds a number')
     for t in terms:
         if t.shape is None or len(t.shape) != label.dim(): raise Unknown(f'the rank of a term of `{call.op}` is not known')

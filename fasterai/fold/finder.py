@@ -200,9 +200,16 @@ class _Bias(TorchDispatchMode):
         if func.overloadpacket.__name__ == self.op: self.arrived = layer_call(self.op, args, kwargs or {}).bias is self.bias
         return func(*args, **(kwargs or {}))
 
+def _like(tree, w, rank, more):
+    "`tree` with a tensor on the meta device for each `Value`; those with `rank` axes are `more` longer on the last"
+    if isinstance(tree, Value): return w.new_empty([n + more*(d == rank-1 == len(tree.shape)-1) for d,n in enumerate(tree.shape)])
+    if isinstance(tree, dict): return {k: _like(v, w, rank, more) for k,v in tree.items()}
+    return type(tree)(_like(v, w, rank, more) for v in tree) if type(tree) in (list, tuple) else tree
+
 def uses_bias(
     m:nn.Module, # A layer without a bias
     op:str, # A row of `LAYERS`
+    given:tuple=(), # Arguments and keyword arguments that it was called with, if there was more than one tensor
 )->bool: # `False` also where that can't be seen
     "Would `m` use a bias if it had one, on inputs of several sizes?"
     if 'bias' not in m._parameters or m._parameters.get('weight') is None: return False
@@ -210,11 +217,12 @@ def uses_bias(
     probe.__dict__ = {**vars(m), '_parameters': {n: p if p is None else nn.Parameter(p.detach().to('meta'), False) for n,p in m._parameters.items()}}
     w,groups = probe.weight, getattr(m, 'groups', 1)
     bias = probe._parameters['bias'] = nn.Parameter(w.new_empty(out_channels(op, w, groups)), False)
-    for side in (16, 17, 31):
+    rank = LAYERS[op].spatial+2
+    for size in (0, 1) if given else (16, 17, 31):
         mode = _Bias(op, bias)
-        x = w.new_empty(2, in_channels(op, w, groups), *[side]*LAYERS[op].spatial)
         try:
-            with torch.no_grad(), torch._C._AutoDispatchBelowAutograd(), mode: type(m).forward(probe, x)
+            args,kwargs = _like(given, w, rank, size) if given else ((w.new_empty(2, in_channels(op, w, groups), *[size]*(rank-2)),), {})
+            with torch.no_grad(), torch._C._AutoDispatchBelowAutograd(), mode: type(m).forward(probe, *args, **kwargs)
         except Exception: return False # whatever it can't do on the meta device, it has not shown
         if not mode.arrived: return False
     return True
@@ -223,7 +231,8 @@ def uses_bias(
 def plain(self:Finder, name, call, gains=False):
     "Does the layer compute what its parameters say and no more?"
     m = self.flow.modules[name]
-    return _is_torch(m) or gains and 'forward' not in vars(m) and uses_bias(m, call.op)
+    run = self.runs_of.get(name, [None])[0]
+    return _is_torch(m) or gains and 'forward' not in vars(m) and uses_bias(m, call.op, () if run is None or run.one else run.given)
 
 # %% ../../nbs/05_fold.finder.ipynb #d950c843
 @patch

@@ -25,8 +25,8 @@ class Value:
     "One tensor at one moment"
     shape:tuple|None=None # `None`: rank unknown; an entry `None`: size unknown
     name:str='' # A parameter's or buffer's name in the model
-    call:'Call'=None # What made it; `None` for an input, a parameter or a constant
-    readers:list=field(default_factory=list) # The `Call`s that read it, in order, each once
+    call:'Call'=field(default=None, repr=False) # What made it; `None` for an input, a parameter or a constant
+    readers:list=field(default_factory=list, repr=False) # The `Call`s that read it, in order, each once
     outside:str='' # Who reads it outside of the calls, if anyone: a caller, a hook
 
 # %% ../../nbs/02_fold.flow.ipynb #6a2703bd
@@ -100,6 +100,7 @@ class Entry:
     args:list # The `Value`s it was given
     outs:list=field(default_factory=list) # The `Value`s it returned
     one:bool=False # Was it given one tensor and nothing else, and did it return one?
+    given:tuple=() # Its arguments and keyword arguments as they were nested, with `Value`s for tensors, where that is known
 
 # %% ../../nbs/02_fold.flow.ipynb #4ecf630d
 SHAPED_LIKE = {'reshape_as', 'view_as', 'expand_as'} # read of their second argument the shape alone

@@ -88,9 +88,11 @@ class Check:
 # %% ../../nbs/20_fold.learner.ipynb #4e1ba4bc
 class _Beside(Callback):
     "Asks a second model for each batch of a validation"
-    run_train,order = False,1000
+    run_train,order = False,-1000 # before another callback takes the output apart
     def __init__(self, model, decodes): self.model2,self.decodes,self.largest,self.scale,self.equal,self.count = model,decodes,[],0.,0,0
-    def before_validate(self): self.model2.eval()
+    def before_validate(self):
+        self.model2.eval()
+        if hasattr(self.model2, 'reset'): self.model2.reset() # a recurrent one keeps its state from batch to batch
     def after_pred(self):
         with torch.no_grad(): new = self.model2(*self.xb)
         a,b = ([t.detach().double().cpu() for t in tensors_in(p) if t.is_floating_point()] for p in (self.pred, new))
@@ -98,8 +100,10 @@ class _Beside(Callback):
         self.scale = max([self.scale, *(t.abs().max().item() for t in a if t.numel())])
         self.largest.append(torch.stack([(p-q).abs().flatten(1).amax(1) if p.dim() > 1 else (p-q).abs() for p,q in zip(a, b) if p.numel()]).amax(0))
         if not self.decodes: return
-        same = self.decodes(self.pred) == self.decodes(new)
+        same = self.decodes(_first(self.pred)) == self.decodes(_first(new))
         self.equal,self.count = self.equal + same.sum().item(), self.count + same.numel()
+
+def _first(pred): return pred[0] if isinstance(pred, (tuple, list)) else pred # a recurrent model gives its activations too
 
 def _validated(learn, cbs=None):
     "The loss and each metric, by name"

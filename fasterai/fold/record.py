@@ -65,7 +65,10 @@ class _Recorder(TorchDispatchMode):
         return values[geometry]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction(): return self.note(func, args, kwargs or {}) # what we ask a tensor is no leak
+
+    def note(self, func, args, kwargs):
+        "Do an operation, and write it down"
         op = func.overloadpacket.__name__
         if op.removesuffix('_') not in self.known:
             with self: out = func.decompose(*args, **kwargs)
@@ -134,7 +137,8 @@ def _entries(recorder):
     def enter(m, args):
         if not mine(m): return
         stack.append(names[m])
-        with torch._C.DisableTorchFunction(): entry = Entry(names[m], tuple(stack), values_in(recorder.values(args)))
+        with torch._C.DisableTorchFunction(): given = recorder.values(args)
+        entry = Entry(names[m], tuple(stack), values_in(given), given=(given, {}))
         open_.append(entry)
         flow.entries.append(entry)
     def leave(m, args, *more): # the keyword arguments, where this PyTorch gives them, and the output
@@ -144,7 +148,8 @@ def _entries(recorder):
         stack.pop()
         entry = open_.pop()
         with torch._C.DisableTorchFunction():
-            entry.args += values_in([recorder.values(k) for k in kwargs])
+            for k in kwargs: entry.given = entry.given[0], recorder.values(k)
+            entry.args += values_in(entry.given[1])
             entry.outs += values_in(recorder.values(tensors_in(out)))
             entry.one = len(args) == 1 and not any(kwargs) and isinstance(args[0], Tensor) and isinstance(out, Tensor)
     handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True, **_with_kwargs)]

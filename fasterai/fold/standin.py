@@ -34,7 +34,6 @@ class _Number(fx.Proxy):
 
 class _Value(_Number):
     "Stands for a tensor"
-    __class__ = property(lambda self: Tensor)
     def __getattr__(self, name):
         if not hasattr(Tensor, name): raise AttributeError(f"'Tensor' object has no attribute {name!r}")
         return super().__getattr__(name)
@@ -52,6 +51,10 @@ class _Held(_Value):
     def size(self, *args): return self.held.size(*args)
     def dim(self): return self.held.dim()
     def numel(self): return self.held.numel()
+
+def _isinstance(o, kind, isinstance=isinstance):
+    "`isinstance`, to which a stand-in is a tensor. (Were it to say so itself, in a `__class__`, C code would believe it too, and read memory that is not there)"
+    return isinstance(o, kind) or issubclass(type(o), _Value) and issubclass(Tensor, kind)
 
 def _len(o):
     "`len`, in the modules whose functions are traced: the built-in one can give nothing but a number"
@@ -73,6 +76,7 @@ def _question(cls, name='forward', asked=()):
     code = [*dis.get_instructions(f)]
     for at,i in enumerate(code):
         if i.opname in ('CHECK_EXC_MATCH', 'JUMP_IF_NOT_EXC_MATCH'): return 'it catches exceptions'
+        if i.opname == 'MATCH_CLASS': return 'it matches classes'
         if i.opname == 'IS_OP' and not (code[at-1].opname == 'LOAD_CONST' and code[at-1].argval is None or code[at-2].opname.startswith('CALL')): return 'it compares with `is`'
         if i.opname.startswith(('LOAD_GLOBAL', 'LOAD_ATTR', 'LOAD_METHOD')) and i.argval in _questions and (i.opname == 'LOAD_GLOBAL' or i.argval.startswith('is_')): return f'it asks `{i.argval}`'
     return next(filter(None, (_question(cls, n, (*asked, name)) for n in f.__code__.co_names if isinstance(getattr(cls, n, None), FunctionType))), '')
@@ -97,7 +101,7 @@ def _raised(e):
     tb = e.__traceback__
     while tb.tb_next: tb = tb.tb_next
     code = tb.tb_frame.f_code
-    own = 'torch' not in code.co_filename.split('site-packages/')[-1].split('/')[0] or '/torch/nn/modules/' in code.co_filename
+    own = code.co_filename.split('site-packages/')[-1].split('/')[0] != 'torch' or '/torch/nn/modules/' in code.co_filename
     return own and dis.opname[code.co_code[tb.tb_lasti]] == 'RAISE_VARARGS'
 
 class _Tracer(fx.Tracer):
@@ -137,10 +141,10 @@ class _Tracer(fx.Tracer):
             except Exception as e:
                 if not (choices and _raised(e)): raise Opaque(m, str(e).strip().split('\n')[0] or type(e).__name__, choice=False) from e
             finally: self.frames.pop()
-            if choices: self.branched.add(self.names[m])
             while choices and not choices[-1]: choices.pop()
             if not choices: break
             choices[-1] = False
+        if len(outs) > 1: self.branched.add(self.names[m])
         return self.merge(m, outs)
 
     def merge(self, m, outs):
@@ -209,16 +213,16 @@ class _Tracer(fx.Tracer):
     @contextmanager
     def watching(self):
         "Divert this thread's module calls and parameter reads; other threads pass through"
-        call,get = nn.Module.__call__, nn.Module.__getattr__
+        call,get,is_ = nn.Module.__call__, nn.Module.__getattr__, builtins.isinstance
         mine = lambda: threading.get_ident() == self.thread
         def __call__(m, *args, **kwargs): return self.call_module(m, args, kwargs) if mine() else call(m, *args, **kwargs)
         def __getattr__(m, name):
             value = get(m, name)
             return self.stand_in(value) if isinstance(value, Tensor) and mine() else value
-        nn.Module.__call__,nn.Module.__getattr__ = __call__,__getattr__
+        nn.Module.__call__,nn.Module.__getattr__,builtins.isinstance = __call__,__getattr__,_isinstance
         try: yield
         finally:
-            nn.Module.__call__,nn.Module.__getattr__ = call,get
+            nn.Module.__call__,nn.Module.__getattr__,builtins.isinstance = call,get,is_
             for space,_ in self.patched.values(): del space['len']
 
 # %% ../../nbs/03_fold.standin.ipynb #bc4c3a19

@@ -165,6 +165,7 @@ def trace_flow(
         for name,m in model.named_modules():
             if m in seen and type(m) not in opaque or name in flow.unknown: continue
             if type(m).forward is nn.Module.forward or name and (known_layer(m) or plain_batchnorm(m)): continue
+            if type(m).forward is nn.Sequential.forward and name and seen.issuperset(m): continue # nobody calls it, but for what it holds
             seen.add(m)
             for tracer in _trace_root(m, flow, names, opaque):
                 seen.update(flow.modules[stack[-1]] for stack,*_ in tracer.calls)
