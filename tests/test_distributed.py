@@ -37,9 +37,20 @@ def gathered(t):
     return ts
 
 
-def work(rank, port, sync):
+def joined(rank, port, backend='gloo'):
+    "Join the other process"
     os.environ |= dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    dist.init_process_group('gloo', rank=rank, world_size=2)
+    dist.init_process_group(backend, rank=rank, world_size=2)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+def work(rank, port, sync):
+    joined(rank, port)
     torch.set_num_threads(1)
     model, x, bn = trained(rank, sync), torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(9)), BN_Folder()
     model(x) # gives every process the statistics of the first, as any forward does
@@ -62,23 +73,16 @@ def work(rank, port, sync):
 
 @pytest.mark.parametrize('sync', [False, True], ids=['BatchNorm', 'SyncBatchNorm'])
 def test_two_processes(sync):
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    mp.spawn(work, args=(port, sync), nprocs=2)
+    mp.spawn(work, args=(free_port(), sync), nprocs=2)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two CUDA devices: a SyncBatchNorm trains on GPUs alone')
 def test_sync_batchnorm_trained():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    mp.spawn(work_cuda, args=(port,), nprocs=2)
+    mp.spawn(work_cuda, args=(free_port(),), nprocs=2)
 
 
 def work_cuda(rank, port):
-    os.environ |= dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    dist.init_process_group('nccl', rank=rank, world_size=2)
+    joined(rank, port, 'nccl')
     torch.manual_seed(0)
     model = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))).to(rank)
     model = DistributedDataParallel(model, device_ids=[rank])
@@ -89,3 +93,23 @@ def work_cuda(rank, port):
     first, second = gathered(new.module[0].weight.detach())
     assert torch.equal(first, second.to(first.device))
     dist.destroy_process_group()
+
+
+def sharded(rank, port):
+    joined(rank, port)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()
+    model, bn = fully_shard(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval(), mesh=init_device_mesh('cpu', (2,))), BN_Folder()
+    for xs in ((), (torch.randn(1, 3, 8, 8),)):
+        with pytest.raises(ValueError, match='holds its parameters in shards: gather them first'): bn.fold(model, *xs)
+    plain.load_state_dict({k: v.full_tensor() if hasattr(v, 'full_tensor') else v for k, v in model.state_dict().items()})
+    bn.fold(plain)
+    assert bn.report.folded == 1
+    dist.destroy_process_group()
+
+
+def test_sharded_parameters():
+    pytest.importorskip('torch.distributed.fsdp', reason='this PyTorch has no FSDP')
+    if not hasattr(torch.distributed.fsdp, 'fully_shard'): pytest.skip('this PyTorch has no `fully_shard`')
+    mp.spawn(sharded, args=(free_port(),), nprocs=2)

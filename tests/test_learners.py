@@ -190,14 +190,24 @@ def test_half_precision(to):
     with torch.no_grad(): torch.testing.assert_close(learn.model(x), new.model(x), atol=1e-4, rtol=1e-4)
 
 
-def test_distributed():
-    "`to_distributed` adds a callback that wraps the model while it trains; the folded Learner has one for itself, and `parallel_ctx` still folds"
+def test_parallel():
+    "`to_parallel` wraps the model while it trains; the folded Learner has the callback for itself"
     pytest.importorskip('accelerate', reason="fastai's distributed training needs accelerate")
     from fastai.distributed import ParallelTrainer
     learn = quiet(Learner(image_dls(), xresnet18(n_out=2), loss_func=CrossEntropyLossFlat(), cbs=[ParallelTrainer(device_ids=[])]))
     with learn.no_logging(): learn.fit(1, 1e-3)
     new, found = assert_same(learn, 0)
     assert type(new.model) is type(learn.model) and [c.learn for c in new.cbs if isinstance(c, ParallelTrainer)] == [new]
+
+
+def test_distributed():
+    "So does `to_distributed` (to train with it takes CUDA: fastai's distributed DataLoader shares its order through it)"
+    pytest.importorskip('accelerate', reason="fastai's distributed training needs accelerate")
+    from fastai.distributed import DistributedTrainer
+    learn = quiet(Learner(image_dls(), xresnet18(n_out=2), loss_func=CrossEntropyLossFlat())).to_distributed(sync_bn=False, cpu=True)
+    learn.model.eval()
+    new = learn.fold_bn(show=False)
+    assert new.bn_report.kept == 0 and [c.learn for c in new.cbs if isinstance(c, DistributedTrainer)] == [new]
 
 
 def test_callbacks():
