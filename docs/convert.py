@@ -1,0 +1,111 @@
+"Notebooks as Markdown pages: their text, their code, what it printed, and the API of what they export."
+import ast, base64, os, re
+from importlib import import_module
+
+import torch
+from fastcore.nbio import read_nb
+from nbdev.doclinks import NbdevLookup
+from nbdev.showdoc import BasicMarkdownRenderer, showdoc_nm
+
+lookup = NbdevLookup(strip_libs=('fasterai', 'fastai'))
+moved = {'../README': 'index', '../benchmarks/README': 'benchmarks', '../CHANGELOG': 'changelog', '../CONTRIBUTING': 'contributing'}
+torch_docs = 'https://docs.pytorch.org/docs/stable/generated/'
+torch_places = {'nn': torch.nn, 'nn.functional': torch.nn.functional}
+
+
+def page_name(path): return re.sub(r'^\d+_', '', path.stem)
+def block(text, kind='', **options):
+    "A fenced block that no fence inside can close"
+    return '\n'.join(['``````' + kind, *(f':{k}: {v}' for k,v in options.items()), '', text.rstrip('\n'), '``````'])
+def html(text): return block(text, '{raw} html')
+def folded(title, text): return '\n\n'.join([html(f'<details><summary>{title}</summary>'), text, html('</details>')])
+
+
+def label(page, name): return f'{page}-{name.removeprefix(page + ".").lower()}' + ('-class' if name.split('.')[-1][0].isupper() else '') # labels have no case
+
+
+def url_of(name):
+    "Where `name` is documented: here, at PyTorch, at fastai; `None` where nowhere"
+    found = lookup.doc(name)
+    if found and not found.startswith('http'): return '#' + label(found[1:found.index('.html#')], name.removeprefix('fasterai.'))
+    path, _, last = re.sub(r'^(torch\.)?(?=nn\.)|^F\.', lambda m: '' if m[0] != 'F.' else 'nn.functional.', name).rpartition('.')
+    if path == 'torch' and callable(getattr(torch, last, None)) and last in torch.__all__: return f'{torch_docs}{name}.html'
+    if not path and isinstance(getattr(torch.nn, last, None), type): path = 'nn'
+    if path in torch_places and hasattr(torch_places[path], last): return f'{torch_docs}torch.{path}.{last}.html'
+    return found
+
+
+def linked(text):
+    "`text` with a link on each name in backticks that is documented, outside of fences and of links"
+    def link(m):
+        url = m[1] and url_of(m[1].removesuffix('()'))
+        return f'[`{m[1]}`]({url})' if url else m[0]
+    return re.sub(r'^```.*?^```|\[[^]\n]*\]\(|`([\w.]+(?:\(\))?)`', link, text, flags=re.M | re.S)
+
+
+def prose(text):
+    "Markdown of a notebook as Markdown of the site"
+    text = re.sub(r':::\s*\{\.callout-(\w+)\}(.*?):::', lambda m: f':::{{{m[1]}}}{m[2]}:::', text, flags=re.S)
+    text = re.sub(r'\]\(([\w./]*?)(?:\d+_)?([\w.]+)\.ipynb(#[^)]*)?\)', r'](\1\2.md\3)', text)
+    text = re.sub(r'\]\((\.\./[\w/]+)\.md\)', lambda m: f']({moved.get(m[1], m[1])}.md)', text)
+    return linked(text)
+
+
+def symbol(module, name, page, level):
+    "The documentation of one function, class or method"
+    doc = BasicMarkdownRenderer(eval(name, vars(module)), name=name, title_level=level)._repr_markdown_()
+    doc = doc[doc.index('#'*level + ' '):].replace('```python', '```{code-block} python\n:class: signature\n', 1)
+    return f'({label(page, name)})=\n{linked(doc)}'
+
+
+def exported(cell, module, page, level):
+    "What an exported cell defines, then its source"
+    for node in ast.parse(cell.source).body:
+        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith('_'): continue
+        yield symbol(module, name := showdoc_nm(node), page, level)
+        for m in node.body if isinstance(node, ast.ClassDef) else ():
+            if isinstance(m, ast.FunctionDef) and not m.decorator_list and not m.name.startswith('_') and ast.get_docstring(m): yield symbol(module, f'{name}.{m.name}', page, level+1)
+    yield folded('Source', block(cell.source, 'python'))
+
+
+def outputs(cell, images, stem):
+    "What the cell showed when it was last run"
+    for i,o in enumerate(cell.get('outputs', [])):
+        data = {k: ''.join(v) for k,v in o.get('data', {'text/plain': o.get('text', '')}).items()}
+        if o.get('name') == 'stderr': continue
+        for kind in ('text/html', 'image/svg+xml'):
+            if kind in data: yield html(f'<div class="output">{data[kind]}</div>'); break
+        else:
+            if 'image/png' in data:
+                (images/(name := f'{stem}-{i}.png')).write_bytes(base64.b64decode(data['image/png']))
+                yield f'![{cell.alt}](/images/{name})'
+            elif 'text/markdown' in data: yield prose(data['text/markdown'])
+            elif data['text/plain'].strip(): yield block(re.sub(r'\x1b\[[\d;]*[A-Za-z]', '', data['text/plain']), '{code-block} none', **{'class': 'output'})
+
+
+def pieces(path, images):
+    "The page of one notebook, piece by piece"
+    page,module,level = page_name(path),None,1
+    for i,cell in enumerate(read_nb(path).cells):
+        says = dict(re.findall(r'^#\|\s*([\w-]+)\s*:?\s*(.*)$', cell.source, flags=re.M))
+        cell.source = re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M).strip()
+        cell.alt = says.get('fig-alt', says.get('fig-cap', ''))
+        if 'default_exp' in says: module = import_module(f'fasterai.{says["default_exp"]}')
+        if 'hide' in says or not cell.source: continue
+        if cell.cell_type == 'markdown':
+            level = len(([level*'#'] + re.findall(r'^(#+) ', cell.source, flags=re.M))[-1])
+            yield prose(cell.source)
+        elif 'export' in says: yield from exported(cell, module, page, level+1)
+        else:
+            code = block(cell.source, 'python')
+            if says.get('echo') != 'false': yield folded('Code', code) if says.get('code-fold') == 'true' else code
+            if says.get('output') != 'false': yield from outputs(cell, images, f'{page}-{i}')
+
+
+def convert(path, out, images):
+    "Write the page of the notebook at `path` to the folder `out`"
+    head,*rest = pieces(path, images)
+    out.mkdir(exist_ok=True)
+    title,_,promise = head.partition('\n')
+    about = f'{{download}}`{path.name} <{os.path.relpath(path, out)}>`'
+    (out/f'{page_name(path)}.md').write_text('\n\n'.join([title, promise.strip(), f'This page is a notebook: {about}.' , *rest]) + '\n')

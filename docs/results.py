@@ -1,0 +1,137 @@
+"Tables and plots of `benchmarks/results/*.json`, as raw HTML; what was not measured yet is said, not shown."
+import io, json, re
+from html import escape
+from pathlib import Path
+
+import matplotlib
+matplotlib.use('agg')
+import matplotlib.pyplot as plt
+from convert import html
+
+folder = Path(__file__).parent.parent/'benchmarks'/'results'
+ink = '#010203' # stands for the page's own text colour
+plt.rcParams |= {k: ink for k in ('text.color', 'axes.edgecolor', 'axes.labelcolor', 'xtick.color', 'ytick.color')} | {
+    'svg.fonttype': 'none', 'svg.hashsalt': 'fasterai', 'font.family': 'sans-serif', 'axes.spines.top': False, 'axes.spines.right': False}
+
+
+def load(name):
+    file = folder/f'{name}.json'
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def missing(name): return f':::{{note}}\n`benchmarks/results/{name}.json` is not there yet: run `make bench`.\n:::'
+
+
+def where(name, data):
+    "What the numbers were made with"
+    return html(f'<p>{escape(", ".join(f"{k} {v}" for k,v in data["environment"].items()))}; <code>benchmarks/results/{name}.json</code></p>')
+
+
+def table(heads, rows, **kw):
+    "An HTML table; numbers stand right"
+    cell = lambda tag, o: f'<{tag}{" class=number" if isinstance(o, (int, float)) else ""}>{o if isinstance(o, str) else f"{o:,}" if isinstance(o, int) else f"{o:.3g}"}</{tag}>'
+    body = '\n'.join(f'<tr>{"".join(cell("td", o) for o in r)}</tr>' for r in rows)
+    head = ''.join(f'<th>{o}</th>' for o in heads)
+    return f'<div class="output"><table{"".join(f" {k}={v!r}" for k,v in kw.items())}><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+
+
+def svg(fig):
+    "A figure that takes the page's colours, light or dark"
+    with io.StringIO() as f:
+        fig.savefig(f, format='svg', transparent=True, bbox_inches='tight', metadata={'Date': None})
+        text = f.getvalue()
+    plt.close(fig)
+    return html(f'<div class="output">{text[text.index("<svg"):].replace(ink, "currentColor")}</div>')
+
+
+def general(why): return re.sub('`[^`]*`', '`…`', why)
+def code(text): return re.sub('`([^`]*)`', r'<code>\1</code>', escape(text, quote=False))
+
+
+def networks():
+    "The coverage benchmark, a row a network: name, with an example, without"
+    data = load('coverage')
+    return data and [(k, v['with'], v['without']) for k,v in sorted(data['networks'].items())]
+
+
+def coverage_totals():
+    if not (rows := networks()): return missing('coverage')
+    done = [(w, o) for _,w,o in rows if 'folded' in w and 'folded' in o]
+    total = sum(w['total'] for w,_ in done)
+    line = lambda kind, i: (kind, sum(r[i]['folded'] for r in done), total, f"{sum(r[i]['folded'] for r in done)/total:.1%}", max(r[i]['error'] for r in done), sum(r[i]['wrong'] for r in done))
+    return html(table(['fold', 'BatchNorms folded', 'of', 'share', 'largest relative difference, float64', 'networks with another output'],
+                      [line('with an example', 0), line('without', 1)])) + '\n\n' + where('coverage', load('coverage'))
+
+
+def coverage_table():
+    if not (rows := networks()): return missing('coverage')
+    def row(name, w, o):
+        if 'crashed' in w or 'crashed' in o: return name, '', '', '', '', escape(w.get('crashed') or o['crashed'])
+        kept = ''.join(f'<li>{n} × {code(why)}</li>' for why,n in w['kept'])
+        shown = f'<details><summary>{w["total"]-w["folded"]} kept</summary><ul>{kept}</ul></details>' if kept else 'all folded' if w['folded'] == w['total'] else f'{w["total"]-w["folded"]} kept'
+        return name, w['total'], w['folded'], o['folded'], w['error'], shown
+    return html(filters + table(['network', 'BatchNorms', 'folded with an example', 'without', 'relative difference', 'the rest, and why'], [row(*r) for r in rows], id='zoo') + script)
+
+
+filters = '''<div class="filter"><input type="search" id="find" placeholder="a network, or a word of a reason" aria-label="Filter the networks">
+<label><input type="checkbox" id="kept"> only where something is kept</label><span id="count" role="status"></span></div>'''
+script = '''<script>
+{ const rows = [...document.querySelectorAll('#zoo tbody tr')], [find, kept, count] = ['find', 'kept', 'count'].map(o => document.getElementById(o));
+  function show() {
+    const words = find.value.toLowerCase().split(/\\s+/);
+    for (const r of rows) r.hidden = !words.every(w => r.textContent.toLowerCase().includes(w)) || kept.checked && !r.querySelector('details');
+    count.textContent = `${rows.filter(r => !r.hidden).length} of ${rows.length} networks`;
+  }
+  find.oninput = kept.onchange = show; show(); }
+</script>'''
+
+
+def coverage_plot():
+    "How much of each network is folded"
+    if not (rows := networks()): return missing('coverage')
+    share = lambda i: sorted((100*r[i]['folded']/r[i]['total'] for r in rows if 'folded' in r[i]), reverse=True)
+    fig,ax = plt.subplots(figsize=(7, 3))
+    for i,label,style in ((1, 'with an example', '-'), (2, 'without', '--')): ax.plot(range(1, len(share(i))+1), share(i), style, label=label, lw=2)
+    ax.set(xlabel='networks, sorted', ylabel='BatchNorms folded (%)', ylim=(0, 103))
+    ax.legend(frameon=False)
+    return svg(fig)
+
+
+def error_plot():
+    "How far apart the outputs are"
+    if not (rows := networks()): return missing('coverage')
+    errors = [r[i]['error'] for r in rows for i in (1, 2) if r[i].get('error')]
+    fig,ax = plt.subplots(figsize=(7, 2.5))
+    ax.hist(errors, bins=[10**(e/2) for e in range(-34, -17)])
+    ax.axvline(1e-9, color='C3', ls='--', label='what counts as wrong')
+    ax.set(xscale='log', xlabel='relative difference of the outputs, float64', ylabel='folds')
+    ax.legend(frameon=False)
+    return svg(fig)
+
+
+def reasons():
+    "The reasons, counted over the networks"
+    if not (rows := networks()): return missing('coverage')
+    counts = {}
+    for _,w,_ in rows:
+        for why,n in w.get('kept', ()): counts[general(why)] = counts.get(general(why), 0) + n
+    return html(table(['BatchNorms', 'why it is kept'], [(n, code(why)) for why,n in sorted(counts.items(), key=lambda o: -o[1])]))
+
+
+def leaves(tree, *path):
+    "The numbers in a tree, each with the way to it"
+    for k,v in tree.items():
+        if isinstance(v, dict): yield from leaves(v, *path, k)
+        elif isinstance(v, (int, float, str)): yield (*path, k), v
+
+
+def others():
+    "Every result but the coverage, as it is"
+    for file in sorted(folder.glob('*.json')):
+        if file.stem.startswith('coverage'): continue
+        data = json.loads(file.read_text())
+        rows = [(code(' · '.join(map(str, path))), v if not isinstance(v, str) else code(v)) for path,v in leaves({k: v for k,v in data.items() if k != 'environment'})]
+        yield f'### {file.stem}\n\n{html(table(["what", "value"], rows))}\n\n{where(file.stem, data)}'
+
+
+def measured(): return '\n\n'.join(others()) or missing('cost')
