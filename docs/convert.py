@@ -1,11 +1,12 @@
 "Notebooks as Markdown pages: their text, their code, what it printed, and the API of what they export."
-import ast, base64, os, re
+import ast, base64, inspect, os, re
 from importlib import import_module
 
 import torch
+from fastcore.docments import DocmentTbl
 from fastcore.nbio import read_nb
 from nbdev.doclinks import NbdevLookup
-from nbdev.showdoc import BasicMarkdownRenderer, showdoc_nm
+from nbdev.showdoc import showdoc_nm
 
 lookup = NbdevLookup(strip_libs=('fasterai', 'fastai'))
 moved = {'../README': 'index', '../benchmarks/README': 'benchmarks', '../CHANGELOG': 'changelog', '../CONTRIBUTING': 'contributing'}
@@ -16,7 +17,8 @@ torch_places = {'nn': torch.nn, 'nn.functional': torch.nn.functional}
 def page_name(path): return re.sub(r'^\d+_', '', path.stem)
 def block(text, kind='', **options):
     "A fenced block that no fence inside can close"
-    return '\n'.join(['``````' + kind, *(f':{k}: {v}' for k,v in options.items()), '', text.rstrip('\n'), '``````'])
+    head = [f':{k}: {v}' for k,v in options.items()] + ['']*bool(options)
+    return '\n'.join(['``````' + kind, *head, text.rstrip('\n'), '``````'])
 def html(text): return block(text, '{raw} html')
 def folded(title, text): return '\n\n'.join([html(f'<details><summary>{title}</summary>'), text, html('</details>')])
 
@@ -32,7 +34,7 @@ def url_of(name):
     if path == 'torch' and callable(getattr(torch, last, None)) and last in torch.__all__: return f'{torch_docs}{name}.html'
     if not path and isinstance(getattr(torch.nn, last, None), type): path = 'nn'
     if path in torch_places and hasattr(torch_places[path], last): return f'{torch_docs}torch.{path}.{last}.html'
-    return found
+    return found if name[0].isupper() or path else None # fastai has functions named like common words
 
 
 def linked(text):
@@ -51,11 +53,21 @@ def prose(text):
     return linked(text)
 
 
+def plain(text): return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r'\1', text).replace('<factory>', '...') # what Python shows in angle brackets
+
+
+def signature(sym, name):
+    "How `sym` is called; what its arguments are stands in the table below"
+    sig = inspect.signature(sym)
+    bare = [p.replace(annotation=p.empty) for p in sig.parameters.values() if p.name != 'self']
+    return plain(f'{name}{sig.replace(parameters=bare, return_annotation=sig.empty)}')
+
+
 def symbol(module, name, page, level):
     "The documentation of one function, class or method"
-    doc = BasicMarkdownRenderer(eval(name, vars(module)), name=name, title_level=level)._repr_markdown_()
-    doc = doc[doc.index('#'*level + ' '):].replace('```python', '```{code-block} python\n:class: signature\n', 1)
-    return f'({label(page, name)})=\n{linked(doc)}'
+    sym = eval(name, vars(module))
+    what = '' if inspect.isclass(sym) and issubclass(sym, Exception) else block(signature(sym, name), '{code-block} python', **{'class': 'signature'})
+    return '\n\n'.join([f'({label(page, name)})=\n{"#"*level} {name}', what, linked(inspect.getdoc(sym) or ''), linked(plain(str(DocmentTbl(sym))))])
 
 
 def exported(cell, module, page, level):
