@@ -3,7 +3,7 @@ import ast, base64, inspect, os, re
 from importlib import import_module
 
 import torch
-from fastcore.docments import DocmentTbl
+from fastcore.docments import DocmentTbl, docments
 from fastcore.nbio import read_nb
 from nbdev.doclinks import NbdevLookup
 from nbdev.showdoc import showdoc_nm
@@ -66,8 +66,11 @@ def signature(sym, name):
 def symbol(module, name, page, level):
     "The documentation of one function, class or method"
     sym = eval(name, vars(module))
+    params = DocmentTbl(sym)
+    for k,v in docments(sym, full=True, args_kwargs=True).items():
+        if v.docment and k in params.dm: params.dm[k].docment = v.docment # of `**kwargs`, too
     what = '' if inspect.isclass(sym) and issubclass(sym, Exception) else block(signature(sym, name), '{code-block} python', **{'class': 'signature'})
-    return '\n\n'.join([f'({label(page, name)})=\n{"#"*level} {name}', what, linked(inspect.getdoc(sym) or ''), linked(plain(str(DocmentTbl(sym))))])
+    return '\n\n'.join([f'({label(page, name)})=\n{"#"*level} {name}', what, linked(inspect.getdoc(sym) or ''), linked(plain(str(params)))])
 
 
 def exported(cell, module, page, level):
@@ -89,8 +92,8 @@ def outputs(cell, images, stem):
             if kind in data: yield html(f'<div class="output">{data[kind]}</div>'); break
         else:
             if 'image/png' in data:
-                (images/(name := f'{stem}-{i}.png')).write_bytes(base64.b64decode(data['image/png']))
-                yield f'![{cell.alt}](/images/{name})'
+                (images/(name := f'{stem}-{i}.png')).write_bytes(png := base64.b64decode(data['image/png']))
+                yield block('', f'{{image}} /images/{name}', alt=cell.alt, width=f'{int.from_bytes(png[16:20])//2}px') # drawn with two pixels for one
             elif 'text/markdown' in data: yield prose(data['text/markdown'])
             elif data['text/plain'].strip(): yield block(re.sub(r'\x1b\[[\d;]*[A-Za-z]', '', data['text/plain']), '{code-block} none', **{'class': 'output'})
 
