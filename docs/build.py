@@ -39,6 +39,7 @@ def pages():
     for p in sorted((docs/'pages').glob('*.md')):
         text = re.sub(r'^\{\{ (\w+) \}\}$', lambda m: getattr(results, m[1])(), p.read_text(), flags=re.M)
         (stage/p.name).write_text(linked(text))
+    for p in docs.glob('*.svg'): shutil.copy(p, stage)
     (stage/'api.md').write_text(api(modules))
     names = lambda folder: [p.relative_to(stage).with_suffix('').as_posix() for p in sorted((stage/folder).glob('*.md'))]
     with (stage/'index.md').open('a') as f:

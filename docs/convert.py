@@ -50,7 +50,7 @@ def prose(text):
     text = re.sub(r':::\s*\{\.callout-(\w+)\}(.*?):::', lambda m: f':::{{{m[1]}}}{m[2]}:::', text, flags=re.S)
     text = re.sub(r'\]\(([\w./]*?)(?:\d+_)?([\w.]+)\.ipynb(#[^)]*)?\)', r'](\1\2.md\3)', text)
     text = re.sub(r'\]\((\.\./[\w/]+)\.md\)', lambda m: f']({moved.get(m[1], m[1])}.md)', text)
-    return linked(text)
+    return linked(text.replace('](../docs/', '](/'))
 
 
 def plain(text): return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r'\1', text).replace('<factory>', '...') # what Python shows in angle brackets
