@@ -83,6 +83,12 @@ def exported(cell, module, page, level):
     yield folded('Source', block(cell.source, 'python'))
 
 
+def shown(text):
+    "What a terminal shows of `text` in the end: no colours, and of a progress bar the last state"
+    lines = (next((o for o in reversed(l.split('\r')) if o.strip()), '') for l in re.sub(r'\x1b\[[\d;]*[A-Za-z]', '', text).split('\n'))
+    return '\n'.join(l.rstrip() for l in lines)
+
+
 def outputs(cell, images, stem):
     "What the cell showed when it was last run"
     for i,o in enumerate(cell.get('outputs', [])):
@@ -95,7 +101,7 @@ def outputs(cell, images, stem):
                 (images/(name := f'{stem}-{i}.png')).write_bytes(png := base64.b64decode(data['image/png']))
                 yield block('', f'{{image}} /images/{name}', alt=cell.alt, width=f'{int.from_bytes(png[16:20])//2}px') # drawn with two pixels for one
             elif 'text/markdown' in data: yield prose(data['text/markdown'])
-            elif data['text/plain'].strip(): yield block(re.sub(r'\x1b\[[\d;]*[A-Za-z]', '', data['text/plain']), '{code-block} none', **{'class': 'output'})
+            elif text := shown(data['text/plain']).strip('\n'): yield block(text, '{code-block} none', **{'class': 'output'})
 
 
 def pieces(path, images):

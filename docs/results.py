@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib
 matplotlib.use('agg')
 import matplotlib.pyplot as plt
-from convert import html
+from convert import folded, html
 
 folder = Path(__file__).parent.parent/'benchmarks'/'results'
 ink = '#010203' # stands for the page's own text colour
@@ -41,7 +41,7 @@ def svg(fig):
         fig.savefig(f, format='svg', transparent=True, bbox_inches='tight', metadata={'Date': None})
         text = f.getvalue()
     plt.close(fig)
-    return html(f'<div class="output">{text[text.index("<svg"):].replace(ink, "currentColor")}</div>')
+    return html(f'<div class="output plot">{text[text.index("<svg"):].replace(ink, "currentColor")}</div>')
 
 
 def general(why): return re.sub('`[^`]*`', '`…`', why)
@@ -125,13 +125,33 @@ def leaves(tree, *path):
         elif isinstance(v, (int, float, str)): yield (*path, k), v
 
 
+def groups(tree, *path):
+    "The innermost groups of a few numbers, each with the way to it"
+    for k,v in tree.items():
+        if not isinstance(v, dict): continue
+        if 1 < len(v) < 13 and all(type(o) in (int, float) for o in v.values()): yield ' · '.join(map(str, (*path, k))), v
+        else: yield from groups(v, *path, k)
+
+
+def bars(title, group):
+    "A few numbers of one kind"
+    fig,ax = plt.subplots(figsize=(7, .6 + .3*len(group)))
+    ax.bar_label(ax.barh(list(group), list(group.values())), fmt=' {:.3g}')
+    ax.set_title(title, loc='left')
+    ax.invert_yaxis()
+    ax.xaxis.set_visible(False)
+    ax.spines['bottom'].set_visible(False)
+    return svg(fig)
+
+
 def others():
-    "Every result but the coverage, as it is"
+    "Every result but the coverage: its groups drawn, and all its numbers"
     for file in sorted(folder.glob('*.json')):
         if file.stem.startswith('coverage'): continue
         data = json.loads(file.read_text())
-        rows = [(code(' · '.join(map(str, path))), v if not isinstance(v, str) else code(v)) for path,v in leaves({k: v for k,v in data.items() if k != 'environment'})]
-        yield f'### {file.stem}\n\n{html(table(["what", "value"], rows))}\n\n{where(file.stem, data)}'
+        found = {k: v for k,v in data.items() if k != 'environment'}
+        rows = [(code(' · '.join(map(str, path))), v if not isinstance(v, str) else code(v)) for path,v in leaves(found)]
+        yield '\n\n'.join([f'### {file.stem}', *(bars(*o) for o in groups(found)), folded('All numbers', html(table(['what', 'value'], rows))), where(file.stem, data)])
 
 
 def measured(): return '\n\n'.join(others()) or missing('cost')
