@@ -49,9 +49,9 @@ def code(text): return re.sub('`([^`]*)`', r'<code>\1</code>', escape(text, quot
 
 
 def networks():
-    "The coverage benchmark, a row a network: name, with an example, without"
-    data = load('coverage')
-    return data and [(k, v['with'], v['without']) for k,v in sorted(data['networks'].items())]
+    "The coverage benchmarks, a row a network that ran: name, with an example, without"
+    found = {k: v for file in folder.glob('coverage*.json') for k,v in json.loads(file.read_text())['networks'].items()}
+    return [(k, v['with'], v['without']) for k,v in sorted(found.items()) if 'with' in v]
 
 
 def coverage_totals():
@@ -119,24 +119,37 @@ def reasons():
 
 
 def leaves(tree, *path):
-    "The numbers in a tree, each with the way to it"
+    "The numbers and words in a tree, each with the way to it"
     for k,v in tree.items():
         if isinstance(v, dict): yield from leaves(v, *path, k)
-        elif isinstance(v, (int, float, str)): yield (*path, k), v
+        else: yield ' · '.join(map(str, (*path, k))), v
 
 
-def groups(tree, *path):
-    "The innermost groups of a few numbers, each with the way to it"
-    for k,v in tree.items():
-        if not isinstance(v, dict): continue
-        if 1 < len(v) < 13 and all(type(o) in (int, float) for o in v.values()): yield ' · '.join(map(str, (*path, k))), v
-        else: yield from groups(v, *path, k)
+def records(tree, *path):
+    "The dicts in a tree that hold something themselves, each with the way to it"
+    if any(not isinstance(v, dict) for v in tree.values()): yield path, dict(leaves(tree))
+    else:
+        for k,v in tree.items(): yield from records(v, *path, k)
+
+
+def value(v):
+    "A value in a table; three numbers are quartiles"
+    if isinstance(v, list): return f'{v[1]:.3g} ({v[0]:.3g} – {v[2]:.3g})' if len(v) == 3 and all(isinstance(o, float) for o in v) else code(str(v))
+    return {True: 'yes', False: 'no'}[v] if isinstance(v, bool) else v if isinstance(v, (int, float)) else code(str(v))
+
+
+def numbers(found):
+    "All numbers: a row a record where the records are alike, else a row a number"
+    rows = list(records(found))
+    columns = list(dict.fromkeys(k for _,r in rows for k in r))
+    if len(rows) < 2 or len(columns) > 14: return table(['what', 'value'], [(code(k), value(v)) for k,v in leaves(found)])
+    return table(['', *columns], [(code(' · '.join(p)), *(value(r.get(k, '')) for k in columns)) for p,r in rows])
 
 
 def bars(title, group):
     "A few numbers of one kind"
     fig,ax = plt.subplots(figsize=(7, .6 + .3*len(group)))
-    ax.bar_label(ax.barh(list(group), list(group.values())), fmt=' {:.3g}')
+    ax.bar_label(ax.barh(list(group), list(group.values())), fmt=lambda v: f' {v:,.0f}' if v >= 1000 else f' {v:.3g}')
     ax.set_title(title, loc='left')
     ax.invert_yaxis()
     ax.xaxis.set_visible(False)
@@ -144,14 +157,63 @@ def bars(title, group):
     return svg(fig)
 
 
+def cost(found):
+    "The groups of numbers that belong together"
+    for name,group in found.items():
+        for k,v in group.items():
+            if isinstance(v, dict): yield bars(f'{name}: {k}', v)
+        if not any(isinstance(v, dict) for v in group.values()): yield bars(name, group)
+
+
+def dots(series, label, log=False):
+    "Values by name, with a range where there is one: `{series: {name: (low, middle, high)}}`"
+    names = list(dict.fromkeys(n for o in series.values() for n in o))
+    fig,ax = plt.subplots(figsize=(7, .8 + .24*len(names)))
+    for i,(title,points) in enumerate(series.items()):
+        low,mid,high = zip(*points.values())
+        ax.errorbar(mid, [names.index(n) + .16*(i - (len(series)-1)/2) for n in points], xerr=[[m-l for l,m in zip(low, mid)], [h-m for h,m in zip(high, mid)]], fmt='o', ms=4, lw=1, label=title)
+    ax.set(xlabel=label, xscale='log' if log else 'linear')
+    ax.set_yticks(range(len(names)), names)
+    ax.invert_yaxis()
+    ax.legend(frameon=False, loc='lower center', bbox_to_anchor=(.5, 1), ncols=len(series))
+    return svg(fig)
+
+
+def latency(found):
+    "How fast, against the unfolded network"
+    ratios = list(dict.fromkeys(k for v in found['networks'].values() for k in v if k.endswith('/ unfolded')))
+    yield dots({k.split(' / ')[0]: {n: v[k] for n,v in found['networks'].items() if k in v} for k in ratios}, 'time / time of the unfolded network, median and quartiles')
+
+
+def numerics(found):
+    "How precise, against float64"
+    kinds = list(dict.fromkeys(k for v in found['networks'].values() for k in v))
+    yield dots({k: {n: [v[k]['rms']]*3 for n,v in found['networks'].items() if k in v} for k in kinds}, 'error against float64, root mean square', log=True)
+
+
+def peers(found):
+    "What other tools make of the same networks"
+    sums = {}
+    for tools in found['networks'].values():
+        for tool,r in tools.items():
+            o = sums.setdefault(tool, [0]*4)
+            o[0 if r.get('right') else 1 if 'right' in r else 2] += 1
+            if r.get('right'): o[3] += r['removed']
+    yield bars('BatchNorms removed in networks whose outputs stay the same', {k: v[3] for k,v in sums.items()})
+    yield html(table(['', 'networks right', 'wrong', 'failed or not run', 'BatchNorms removed where right'], [(code(k), *v) for k,v in sums.items()]))
+
+
+drawn = dict(cost=cost, latency=latency, numerics=numerics, peers=peers)
+
+
 def others():
-    "Every result but the coverage: its groups drawn, and all its numbers"
+    "Every result but the coverage: drawn, if it is known how, and all its numbers"
     for file in sorted(folder.glob('*.json')):
         if file.stem.startswith('coverage'): continue
         data = json.loads(file.read_text())
-        found = {k: v for k,v in data.items() if k != 'environment'}
-        rows = [(code(' · '.join(map(str, path))), v if not isinstance(v, str) else code(v)) for path,v in leaves(found)]
-        yield '\n\n'.join([f'### {file.stem}', *(bars(*o) for o in groups(found)), folded('All numbers', html(table(['what', 'value'], rows))), where(file.stem, data)])
+        found = {k: v for k,v in data.items() if k not in ('environment', 'settings')}
+        pictures = drawn[file.stem](found) if file.stem in drawn else ()
+        yield '\n\n'.join([f'### {file.stem}', *pictures, folded('All numbers', html(numbers(found))), where(file.stem, data)])
 
 
 def measured(): return '\n\n'.join(others()) or missing('cost')
