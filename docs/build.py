@@ -21,7 +21,7 @@ def api(notebooks):
     rows = []
     for p in notebooks:
         title, promise = re.match(r'# (.*?)\n+> (.*)', read_nb(p).cells[0].source).groups()
-        rows.append(f'| [`fasterai.{page_name(p)}`]({page_name(p)}.md) | **{title}.** {promise} |')
+        rows.append(f'| [`fasterai.{page_name(p)}`]({page_name(p)}.md) | **{title}** · {promise} |')
     tree = ['```{toctree}', ':hidden:', '', *(f'{page_name(p)} <{page_name(p)}>' for p in notebooks), '```']
     return '\n'.join(['# API', '', 'A page a module, in the order in which they build on each other; `from fasterai.misc.all import *` brings all that a user needs.', '',
                       '| module | what it holds |', '|---|---|', *rows, '', *tree]) + '\n'

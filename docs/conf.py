@@ -19,6 +19,7 @@ html_theme = 'furo'
 html_title = f'{project} {release}'
 html_static_path = [str(docs/'_static')]
 html_css_files = ['site.css']
+html_show_search_summary = False # fetched page by page, which a browser does not do from the file system
 html_math_renderer = 'mathml'
 html_theme_options = {'top_of_page_buttons': ['view']}
 pygments_style, pygments_dark_style = 'friendly', 'monokai'

@@ -53,7 +53,7 @@ def prose(text):
     return linked(text.replace('](../docs/', '](/'))
 
 
-def plain(text): return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r'\1', text).replace('<factory>', '...') # what Python shows in angle brackets
+def plain(text): return re.sub(r"<class '(?:\w+\.)*(\w+)'>|fasterai\.[\w.]*\.(?=[A-Z])", lambda m: m[1] or '', text).replace('<factory>', '...') # what Python shows in angle brackets
 
 
 def signature(sym, name):

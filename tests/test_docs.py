@@ -134,6 +134,7 @@ def test_search_finds_the_folder(browser):
     browser.get((site/'search.html').as_uri() + '?q=BN_Folder')
     found = WebDriverWait(browser, 20).until(lambda b: [o.get_attribute('href') for o in b.find_elements(By.CSS_SELECTOR, '#search-results li a')])
     assert any('misc.bn_folding.html' in o for o in found), found
+    assert not (said := browser.get_log('browser')), said
 
 
 contrast = '''
