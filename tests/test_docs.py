@@ -110,6 +110,12 @@ def width(browser, pixels): browser.execute_cdp_cmd('Emulation.setDeviceMetricsO
 def scheme(browser, name): browser.execute_cdp_cmd('Emulation.setEmulatedMedia', dict(features=[dict(name='prefers-color-scheme', value=name)]))
 
 
+sticks_out = """
+const scrolls = e => { for (; e && e.tagName != 'ARTICLE'; e = e.parentElement) if (/auto|scroll/.test(getComputedStyle(e).overflowX)) return true; return false; };
+return [...document.querySelectorAll('article *')].filter(e => e.getBoundingClientRect().right > innerWidth && !scrolls(e)).map(e => e.outerHTML.slice(0, 80));
+"""
+
+
 @built
 def test_pages_load_and_fit_a_phone(browser):
     wrong = []
@@ -122,7 +128,7 @@ def test_pages_load_and_fit_a_phone(browser):
             url = o['params'].get('request', {}).get('url', '') if o['method'] == 'Network.requestWillBeSent' else ''
             if url and not url.startswith(('file:', 'data:')): wrong.append(f'{name} asks for {url}')
             if o['method'] == 'Network.loadingFailed': wrong.append(f'{name}: {o["params"].get("errorText")}')
-        if (w := browser.execute_script('return document.documentElement.scrollWidth')) > 360: wrong.append(f'{name} is {w} pixels wide')
+        wrong += [f'{name} sticks out: {o}' for o in browser.execute_script(sticks_out)]
     width(browser, 1280)
     assert not wrong, '\n'.join(wrong)
 
