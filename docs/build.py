@@ -5,7 +5,7 @@ from pathlib import Path
 from sphinx.cmd.build import main as sphinx
 
 import results
-from convert import convert, linked, page_name
+from convert import convert, linked, page_name, prose
 from fastcore.nbio import read_nb
 
 docs = Path(__file__).parent
@@ -39,6 +39,7 @@ def pages():
     for p in sorted((docs/'pages').glob('*.md')):
         text = re.sub(r'^\{\{ (\w+) \}\}$', lambda m: getattr(results, m[1])(), p.read_text(), flags=re.M)
         (stage/p.name).write_text(linked(text))
+    for name in ('CONTRIBUTING', 'CHANGELOG'): (stage/f'{name.lower()}.md').write_text(prose((root/f'{name}.md').read_text()))
     for p in docs.glob('*.svg'): shutil.copy(p, stage)
     (stage/'api.md').write_text(api(modules))
     names = lambda folder: [p.relative_to(stage).with_suffix('').as_posix() for p in sorted((stage/folder).glob('*.md'))]

@@ -9,7 +9,7 @@ from nbdev.doclinks import NbdevLookup
 from nbdev.showdoc import showdoc_nm
 
 lookup = NbdevLookup(strip_libs=('fasterai', 'fastai'))
-moved = {'../README': 'index', '../benchmarks/README': 'benchmarks', '../CHANGELOG': 'changelog', '../CONTRIBUTING': 'contributing'}
+moved = {'README': 'index', 'benchmarks/README': 'benchmarks', 'CHANGELOG': 'changelog', 'CONTRIBUTING': 'contributing'}
 torch_docs = 'https://docs.pytorch.org/docs/stable/generated/'
 torch_places = {'nn': torch.nn, 'nn.functional': torch.nn.functional}
 
@@ -49,8 +49,8 @@ def prose(text):
     "Markdown of a notebook as Markdown of the site"
     text = re.sub(r':::\s*\{\.callout-(\w+)\}(.*?):::', lambda m: f':::{{{m[1]}}}{m[2]}:::', text, flags=re.S)
     text = re.sub(r'\]\(([\w./]*?)(?:\d+_)?([\w.]+)\.ipynb(#[^)]*)?\)', r'](\1\2.md\3)', text)
-    text = re.sub(r'\]\((\.\./[\w/]+)\.md\)', lambda m: f']({moved.get(m[1], m[1])}.md)', text)
-    return linked(text.replace('](../docs/', '](/'))
+    text = re.sub(rf'\]\((?:\.\./)+({"|".join(moved)})\.md', lambda m: f'](/{moved[m[1]]}.md', text)
+    return linked(re.sub(r'\]\((?:\.\./)+docs/(?:pages/)?', '](/', text))
 
 
 def plain(text): return re.sub(r"<class '(?:\w+\.)*(\w+)'>|fasterai\.[\w.]*\.(?=[A-Z])", lambda m: m[1] or '', text).replace('<factory>', '...') # what Python shows in angle brackets
@@ -99,7 +99,7 @@ def outputs(cell, images, stem):
         else:
             if 'image/png' in data:
                 (images/(name := f'{stem}-{i}.png')).write_bytes(png := base64.b64decode(data['image/png']))
-                yield block('', f'{{image}} /images/{name}', alt=cell.alt, width=f'{int.from_bytes(png[16:20])//2}px') # drawn with two pixels for one
+                yield block('', f'{{image}} /images/{name}', alt=cell.alt, width=f'{int.from_bytes(png[16:20], "big")//2}px') # drawn with two pixels for one
             elif 'text/markdown' in data: yield prose(data['text/markdown'])
             elif text := shown(data['text/plain']).strip('\n'): yield block(text, '{code-block} none', **{'class': 'output'})
 
