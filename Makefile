@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test export notebooks bench dist
+.PHONY: demo test docs export notebooks bench dist
 
 demo: $(VENV)/done ## Train on real digits, fold, compare, export, load, predict
 	$(BIN)/python demo.py
 
 test: $(VENV)/done ## Every notebook and every test
 	$(BIN)/python -m pytest
+
+docs: $(VENV)/done ## The site, in _docs
+	$(BIN)/python -W ignore docs/build.py
 
 export: $(VENV)/done ## Write the package and README.md from the notebooks
 	$(BIN)/nbdev-export
