@@ -14,7 +14,7 @@ from .verify import Comparison
 # %% ../../nbs/10_fold.plots.ipynb #8fcfccdd
 _outcomes = {'folded into the layer before it': 'tab:blue', 'folded into the layer behind it': 'tab:cyan', 'kept': 'tab:orange'}
 
-def _outcome(row): return 'kept' if not row.folded else f"folded into the layer {'behind' if row.absorbs[0].before else 'before'} it"
+def _outcome(row): return [*_outcomes][2 if not row.folded else row.absorbs[0].before]
 
 @patch
 def plot(self:Report,
