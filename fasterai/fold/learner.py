@@ -41,7 +41,9 @@ def fold_bn(self:Learner,
     show:bool=True, # Show the report?
     **kwargs, # More of the example, by name
 )->Learner: # With the same data, loss, metrics, splitter and callbacks; its `bn_report` says what became of each BatchNorm
-    "A Learner with the BatchNorms of this one's model folded"
+    """A Learner with the BatchNorms of this one's model folded; this one stays as it is.
+
+    Raises what `BN_Folder.fold` raises: `ValueError` for a model in training mode, or where there is no data to take an example from."""
     folder = BN_Folder(bake)
     model = folder.fold(self, *xs, **kwargs)
     new = copy.copy(self)
@@ -115,7 +117,9 @@ def check(
     learn:Learner, # Its validation set is used
     new_learn:Learner, # From `fold_bn`
 )->Check: # With largest difference, share of equal predictions, and metrics side by side
-    "Both models over the whole validation set, with fastai's progress bar"
+    """Both models over the whole validation set, with fastai's progress bar.
+
+    Raises `ValueError` where there is no validation set, or where the models give different shapes."""
     if not len(getattr(learn.dls, 'valid', None) or ()): raise ValueError('this Learner has no validation data to check on: give it some, as in `learn.dls = dls`')
     beside = _Beside(new_learn.model, getattr(learn.loss_func, 'decodes', None))
     before = _validated(learn, beside)

@@ -82,7 +82,9 @@ def learner_example(
 _known = frozenset({*LAYERS, *CARRIERS, 'batch_norm'})
 
 class BN_Folder:
-    "Folds the BatchNorms of a model into the layers beside them, wherever that is exact"
+    """Folds the BatchNorms of a model into the layers beside them, wherever that is exact.
+
+    `new = BN_Folder().fold(model)`, or `fold(model, x)` with an example, or `fold(learn)`. What became of each BatchNorm is in `report` afterwards."""
     report:Report|None=None # Of the last fold: what became of each BatchNorm
 
     def __init__(self,
@@ -94,7 +96,7 @@ class BN_Folder:
         *xs, # An example, as `model` takes it
         **kwargs, # More of the example, by name
     )->Report: # Nothing is changed
-        "What `fold` would do with each BatchNorm"
+        """What `fold` would do with each BatchNorm. Takes what `fold` takes, and raises the same errors for bad input."""
         model,xs = self._inputs(model, xs, kwargs)
         core = unwrapped(model)
         if self.bake: bake(core := copied(core))
@@ -106,7 +108,12 @@ class BN_Folder:
         inplace:bool=False, # Rewrite `model` itself, for models too large to copy
         **kwargs, # More of the example, by name
     )->nn.Module: # Same class, names, devices, dtypes, memory formats and `requires_grad`, in eval mode
-        "The model without the BatchNorms that can be folded exactly; see `report` for each of them"
+        """The model without the BatchNorms that can be folded exactly; see `report` for each of them.
+
+        The example `xs`, `kwargs` is what `model.forward` takes: tensors of the shape, dtype and device that it is used with, a batch of one or two is enough. With one, the result is run on it and compared.
+
+        Raises `TypeError` for what is no model, or a `torch.jit` one; `ValueError` for a BatchNorm in training mode, an uninitialised or sharded layer, an example that the model does not run on;
+        `FoldError` if the folded model does not agree with the original. After any of them the model is as it was."""
         model,xs = self._inputs(model, xs, kwargs)
         core,before = unwrapped(model), count_parameters(model)
         if inplace and isinstance(model, DistributedDataParallel): raise ValueError("a DistributedDataParallel has registered its parameters with the other processes: fold `model.module`, then wrap it again")
