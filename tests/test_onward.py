@@ -29,7 +29,7 @@ class Block(nn.Module):
 
 def preact(shortcut):
     "A pre-activation network with a fastai head"
-    head = nn.BatchNorm1d(8), nn.Dropout(.2), nn.Linear(8, 16, bias=False), nn.ReLU(), nn.BatchNorm1d(16), nn.Dropout(.2), nn.Linear(16, 4)
+    head = nn.BatchNorm1d(8), nn.Linear(8, 16, bias=False), nn.ReLU(), nn.BatchNorm1d(16), nn.Linear(16, 4)
     return nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), Block(8, shortcut), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), *head)
 
 
@@ -116,17 +116,20 @@ def test_quantise(net):
     model, new, report = make(net)
     batch = torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
-    def quantised(model):
-        prepared = pt2e.prepare_pt2e(torch.export.export(model, (batch,)).module(), x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config()))
-        prepared(batch)
-        return pt2e.convert_pt2e(prepared)
+    def prepare(model):
+        graph = torch.export.export(model, (batch,)).module()
+        return pt2e.prepare_pt2e(graph, x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config()))
 
+    was, now = prepare(model), prepare(new)
+    assert count(now.graph) == 0 and (count(was.graph) > 0) == (net == 'preact') # the quantiser fuses those behind a convolution alone
     with torch.no_grad():
-        want, was, now = model(batch), quantised(model), quantised(new)
-        errors = [((q(batch)-want).pow(2).mean()/want.var()).sqrt().item() for q in (was, now)]
-    assert sum('dequantize_per_channel' in str(n.target) for n in now.graph.nodes) == sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in new.modules())
-    assert count(now.graph) == 0 and errors[1] < max(.1, 1.2*errors[0]), errors
-    if net == 'preact': assert count(was.graph) > 0 # the quantiser fuses those behind a convolution alone
+        want = model(batch)
+        for graph in (now, was)[:1 if net == 'preact' else 2]: # with a BatchNorm left in it, converting takes half a minute
+            graph(batch)
+            quantised = pt2e.convert_pt2e(graph)
+            assert sum('dequantize_per_channel' in str(n.target) for n in quantised.graph.nodes) == sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in new.modules())
+            error = ((quantised(batch)-want).pow(2).mean()/want.var()).sqrt().item()
+            assert error < .05, error
 
 
 @pytest.mark.parametrize('example', [(x,), ()], ids=['example', 'code alone'])
