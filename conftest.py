@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 root = Path(__file__).parent
+needs = {'to_onnx': dict(torch='2.6', onnx=None, onnxscript=None, onnxruntime=None), 'quantise': dict(torch='2.8', torchao=None)} # what a tutorial needs besides the requirements, with the oldest version
 
 
 def pytest_collect_file(file_path, parent):
@@ -20,6 +21,7 @@ class Run(pytest.Item):
     "One run of all cells"
     def runtest(self):
         from nbdev.test import test_nb
+        for name, version in needs.get(self.path.stem, {}).items(): pytest.importorskip(name, minversion=version)
         before = os.getcwd()
         os.chdir(self.path.parent)
         try: ok, _ = test_nb(self.path, profile=False)
