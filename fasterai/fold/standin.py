@@ -139,7 +139,7 @@ class _Tracer(fx.Tracer):
             self.frames.append([choices, 0])
             try: outs.append(m.forward(*args, **kwargs)) # not its hooks: they are the caller's, and would keep a stand-in
             except Exception as e:
-                if not (choices and _raised(e)): raise Opaque(m, str(e).strip().split('\n')[0] or type(e).__name__, choice=False) from e
+                if not (choices and _raised(e)): raise Opaque(m, f"no stand-in for its input goes through it ({(str(e).strip() or type(e).__name__).splitlines()[0]})", choice=False) from e
             finally: self.frames.pop()
             while choices and not choices[-1]: choices.pop()
             if not choices: break
