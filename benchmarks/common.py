@@ -51,6 +51,7 @@ def build(source, name):
     if source == 'pytorchcv':
         from pytorchcv.model_provider import get_model
         m = get_model(name)
+        if getattr(m, 'in_size', (0, 0))[1] > 1024: m = get_model(name, in_size=tuple(s//4 for s in m.in_size)) # pictures of streets
         return m, (torch.randn(1, m.in_channels if hasattr(m, 'in_channels') else 3, *(m.in_size if hasattr(m, 'in_size') else (224, 224))),)
     import torchvision
     build_fn = torchvision.models.get_model_builder(name)
@@ -101,7 +102,7 @@ def load(path, key='networks'):
 def save(path, **found):
     "Results with the environment they were made in"
     path = Path(path)
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix('.new') # a stopped run leaves the old file or the new one
     new.write_text(json.dumps(dict(environment=environment(), **found), indent=1))
     new.replace(path)
