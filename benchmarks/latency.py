@@ -12,7 +12,7 @@ import torch
 from fastprogress import progress_bar
 from torch.utils.benchmark import Timer
 
-from common import build, cast, load, quartiles, randomise, results, save
+from common import build, load, quartiles, randomise, results, save
 from fasterai.fold.verify import difference
 from fasterai.misc.bn_folding import BN_Folder
 from limit import identities, without_identities

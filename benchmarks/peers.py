@@ -1,12 +1,12 @@
 """What a user would pick instead, on the same networks: right, wrong or crashed, and how many BatchNorms are gone.
 
-    python benchmarks/peers.py                  # 27 small networks
+    python benchmarks/peers.py                  # some small networks
     python benchmarks/peers.py --only resnet    # a part of the zoo
     python benchmarks/peers.py --all            # all of it
 
 Each network has random weights and statistics. The folded one is run on one example beside the original, in float64 (onnxruntime in float32, the only one it has), and the BatchNorms
 that run are counted in both, so that one that became a function call or was traced through still counts."""
-import argparse, copy, json, subprocess, sys, sysconfig, tempfile, venv
+import argparse, copy, json, os, subprocess, sysconfig, tempfile, venv
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +22,7 @@ from fasterai.misc.bn_folding import BN_Folder
 some = '''test_resnet test_byobnet test_efficientnet test_coatnet levit_128s repghostnet_050 xcit_nano_12_p8_224 hrnet_w18_small mobilenetv3_small_050 efficientvit_b0 lcnetv2_small resnetv2_18
 starnet_s050 fastvit_t8 inception_next_atto regnetx_002 ghostnet_050 visformer_tiny resnet18 resnet50 densenet121 googlenet mobilenet_v3_small efficientnet_b0 shufflenet_v2_x0_5
 lraspp_mobilenet_v3_large fasterrcnn_mobilenet_v3_large_320_fpn'''.split()
-convs, linear = (nn.Conv1d, nn.Conv2d, nn.Conv3d), ((nn.Linear, nn.BatchNorm1d),)
-batchnorms = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
+convs, batchnorms = (nn.Conv1d, nn.Conv2d, nn.Conv3d), (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def ours(model, args): return BN_Folder().fold(model, *args)
@@ -79,6 +78,7 @@ old, onnx = 'fasterai 0.4.1', 'torch.onnx + onnxruntime'
 
 def attempt(job, *args):
     try: return job(*args)
+    except ImportError as e: return dict(absent=str(e))
     except Exception as e: return dict(crashed=f'{type(e).__name__}: {e}'[:200])
 
 
@@ -129,7 +129,6 @@ def fasterai_041(env=here/'.peers'):
         import timm, torchvision
         (Path(theirs)/'others.pth').write_text('\n'.join(sorted({str(Path(m.__file__).parent.parent) for m in (torch, timm, torchvision)})))
         ready.touch()
-    import os
     child = subprocess.Popen([python, here/'old_fasterai.py'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={k: v for k, v in os.environ.items() if k != 'PYTHONPATH'})
     with tempfile.TemporaryDirectory() as d:
         def ask(source, name, want, places):
