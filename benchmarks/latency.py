@@ -125,12 +125,12 @@ def main():
     if a.threads: torch.set_num_threads(a.threads)
     out, cuda = a.out or results/('latency-compiled.json' if a.compile else 'latency.json'), torch.cuda.is_available() and not a.compile
     settings, found = dict(clock=a.clock, compiled=a.compile, cuda='measured' if cuda else 'skipped: there is no CUDA GPU here' if not torch.cuda.is_available() else 'skipped: compiled'), load(out)
-    lines = [(s, n, d, l, b, v) for v in ('cpu', *['cuda']*cuda) for s, n in networks for d in dtypes for l in layouts for b in (1, 8)]
+    lines = [(s, n, d, l, b, v) for v in ('cpu', *['cuda']*cuda) for d in dtypes for l in layouts for b in (1, 8) for s, n in networks]
     lines = [l for l in lines if a.only in (key := ' '.join(map(str, l[1:]))) and (a.again or key not in found)]
     for line in progress_bar(lines):
         found[' '.join(map(str, line[1:]))] = measure(*line[:5], a, line[5])
         save(out, settings=settings, networks=found)
-    print(table({k: r for k, r in found.items() if a.only in k}))
+    print(table({k: r for _, n in networks for k, r in found.items() if a.only in k and k.split()[0] == n}))
     print(f"\nCUDA {settings['cuda']}")
 
 
