@@ -37,12 +37,16 @@ def variants(model, x):
         return dict(unfolded=model, ours=ours, fx=fx(model), limit=limit)
 
 
-def prepare(source, name, dtype, layout, batch, size, device='cpu'):
+def prepare(source, name, size):
     "A network with random statistics, and an input of `size` pixels where it takes any"
     model, (x,) = build(source, name)
-    if name != 'levit_128s': x = x[..., :size, :size] # its attention biases are for one size
-    model = randomise(model).to(device, dtypes[dtype], memory_format=layouts[layout])
-    return model, x.repeat(batch, 1, 1, 1).to(device, dtypes[dtype]).contiguous(memory_format=layouts[layout])
+    return randomise(model), x if name == 'levit_128s' else x[..., :size, :size] # its attention biases are for one size
+
+
+def turned(models, x, dtype, layout, batch, device='cpu'):
+    "The same networks and input as this line wants them; the networks are changed"
+    how = dict(device=device, dtype=dtypes[dtype], memory_format=layouts[layout])
+    return {n: m.to(**how) for n, m in models.items()}, x.repeat(batch, 1, 1, 1).to(**how)
 
 
 def interleaved(jobs, seconds, once):
@@ -91,13 +95,16 @@ def on_cuda(models, x, seconds, graphs):
     with torch.no_grad(): return ratios(interleaved({n: job(m) for n, m in models.items()}, seconds/20, once))
 
 
-def measure(source, name, dtype, layout, batch, a, device='cpu'):
-    "One line of the table, or several on a GPU"
-    try: models = variants(*(mx := prepare(source, name, dtype, layout, batch, a.size, device)))
-    except Exception as e: return dict(crashed=f'{type(e).__name__}: {e}'[:200])
-    x, more = mx[1], dict(size=mx[1].shape[-1], identities={n: identities(models[n]) for n in ('ours', 'limit')})
+def measure(models, x, a, device='cpu'):
+    "One line of the table, or two on a GPU"
+    more = dict(size=x.shape[-1], identities={n: identities(models[n]) for n in ('ours', 'limit')})
     if device == 'cuda': return dict(eager=on_cuda(models, x, a.seconds, False), graphs=on_cuda(models, x, a.seconds, True), **more)
     return dict(on_cpu(models, x, a.seconds, clocks[a.clock], a.compile), **more)
+
+
+def attempt(job, *args):
+    try: return job(*args)
+    except Exception as e: return dict(crashed=f'{type(e).__name__}: {e}'[:200])
 
 
 def table(found):
@@ -125,12 +132,16 @@ def main():
     if a.threads: torch.set_num_threads(a.threads)
     out, cuda = a.out or results/('latency-compiled.json' if a.compile else 'latency.json'), torch.cuda.is_available() and not a.compile
     settings, found = dict(clock=a.clock, compiled=a.compile, cuda='measured' if cuda else 'skipped: there is no CUDA GPU here' if not torch.cuda.is_available() else 'skipped: compiled'), load(out)
-    lines = [(s, n, d, l, b, v) for v in ('cpu', *['cuda']*cuda) for d in dtypes for l in layouts for b in (1, 8) for s, n in networks]
-    lines = [l for l in lines if a.only in (key := ' '.join(map(str, l[1:]))) and (a.again or key not in found)]
-    for line in progress_bar(lines):
-        found[' '.join(map(str, line[1:]))] = measure(*line[:5], a, line[5])
-        save(out, settings=settings, networks=found)
-    print(table({k: r for _, n in networks for k, r in found.items() if a.only in k and k.split()[0] == n}))
+    lines = [(d, l, b, device) for device in ('cpu', *['cuda']*cuda) for d in dtypes for l in layouts for b in (1, 8)]
+    for source, name in progress_bar(networks):
+        todo = {key: line for line in lines if a.only in (key := ' '.join(map(str, (name, *line)))) and (a.again or key not in found)}
+        if not todo: continue
+        model, x = prepare(source, name, a.size)
+        models = attempt(variants, model, x)
+        for key, line in todo.items(): # float32 before bfloat16
+            found[key] = models if 'crashed' in models else attempt(lambda: measure(*turned(models, x, *line), a, line[-1]))
+            save(out, settings=settings, networks=found)
+    print(table({k: r for k, r in found.items() if a.only in k}))
     print(f"\nCUDA {settings['cuda']}")
 
 
