@@ -1,9 +1,10 @@
 """How many BatchNorms are folded in real networks, and whether a single output changes.
 
-    python benchmarks/coverage.py                 # the zoo
-    python benchmarks/coverage.py --only resnet   # a part of it
-    python benchmarks/coverage.py --sources pytorchcv,torchvision   # one network of every pytorchcv family, all of torchvision's
-    python benchmarks/coverage.py --timm-limit 10 # every timm network below 10 million parameters: hours
+    python benchmarks/coverage.py                         # the zoo
+    python benchmarks/coverage.py --only resnet           # a part of it
+    python benchmarks/coverage.py --sources pytorchcv     # one network of every pytorchcv family
+    python benchmarks/coverage.py --sources torchvision   # all of torchvision's
+    python benchmarks/coverage.py --timm-limit 10         # every timm network below 10 million parameters: hours
 
 Each network is built with random weights and statistics in float64, folded with an example and without, and run. Results are kept a network at a time, so
 that a stopped run goes on where it was."""
