@@ -81,8 +81,9 @@ def main():
     for n in progress_bar(networks):
         key = f"{n['source']}/{n['name']}"
         if key in found and not a.again: continue
-        found[key] = dict(measure(n['source'], n['name']), goal=n.get('linear_fold'))
-        save(out, networks=found)
+        save(out, networks=found | {key: dict.fromkeys(('with', 'without'), dict(crashed='the process ended'))}) # what stays if it does
+        try: found[key] = dict(measure(n['source'], n['name']), goal=n.get('linear_fold'))
+        finally: save(out, networks=found)
     mine = {k: r for k, r in found.items() if a.only in k}
     print('\n'.join(summary(mine)))
     ran = [r for r in mine.values() if 'unrun' not in r]
