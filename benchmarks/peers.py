@@ -80,7 +80,7 @@ old, onnx = 'fasterai 0.4.1', 'torch.onnx + onnxruntime'
 def attempt(job, *args):
     try: return job(*args)
     except ImportError as e: return dict(absent=str(e))
-    except Exception as e: return dict(crashed=f'{type(e).__name__}: {e}'[:200])
+    except Exception as e: return dict(crashed=f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"[:200])
 
 
 def judged(want, got, limit=1e-9):
