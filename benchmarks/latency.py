@@ -7,6 +7,7 @@
 
 The variants are run in turn, round by round, and compared within a round: medians and quartiles of ratios. Absolute times are of that machine and hour."""
 import argparse, random, time
+from statistics import median
 
 import torch
 from fastprogress import progress_bar
@@ -20,6 +21,7 @@ from limit import identities, without_identities
 networks = [('torchvision', n) for n in ('resnet18', 'resnet50', 'vgg16_bn', 'mobilenet_v3_large', 'efficientnet_b0', 'densenet121')] + [('timm', n) for n in ('regnetx_002', 'levit_128s')]
 layouts = dict(nchw=torch.contiguous_format, channels_last=torch.channels_last)
 dtypes = dict(float32=torch.float32, bfloat16=torch.bfloat16)
+columns = 'ours / unfolded', 'fx / unfolded', 'limit / unfolded', 'ours / limit'
 clocks = dict(wall=time.perf_counter, cpu=time.process_time)
 
 
@@ -110,12 +112,19 @@ def attempt(job, *args):
 def table(found):
     "A line a measurement: medians of ratios, quartiles in brackets"
     show = lambda q: f'{q[1]:.3f} [{q[0]:.3f} – {q[2]:.3f}]'
-    rows = [('', *(columns := ('ours / unfolded', 'fx / unfolded', 'limit / unfolded', 'ours / limit')))]
+    rows = [('', *columns)]
     for name, r in found.items():
         for kind, s in ((f'{name} {k}'.strip(), s) for k, s in (dict(eager=r['eager'], graphs=r['graphs']) if 'eager' in r else {'': r}).items()):
             rows.append((kind, *(show(s[c]) for c in columns)) if 'crashed' not in s else (kind, s['crashed'], '', '', ''))
     widths = [max(len(r[i]) for r in rows) for i in range(5)]
     return '\n'.join('  '.join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in rows)
+
+
+def summary(found):
+    "For each network the median over its lines"
+    for network in dict.fromkeys(name.split()[0] for name in found):
+        lines = [s for name, r in found.items() if name.split()[0] == network for s in ([r['eager'], r['graphs']] if 'eager' in r else [r]) if 'crashed' not in s]
+        if lines: yield f'{network:20} ' + '  '.join(f'{c} {median(s[c][1] for s in lines):.3f}' for c in columns)
 
 
 def main():
@@ -142,6 +151,7 @@ def main():
             found[key] = models if 'crashed' in models else attempt(lambda: measure(*turned(models, x, *line), a, line[-1]))
             save(out, settings=settings, networks=found)
     print(table({k: r for k, r in found.items() if a.only in k}))
+    print('\nmedian over the lines of a network', *summary({k: r for k, r in found.items() if a.only in k}), sep='\n')
     print(f"\nCUDA {settings['cuda']}")
 
 

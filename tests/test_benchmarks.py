@@ -71,7 +71,7 @@ def test_latency():
     assert x.shape == (2, 3, 32, 32) and x.is_contiguous(memory_format=torch.channels_last) and all(p.dtype == torch.bfloat16 for m in models.values() for p in m.parameters())
     r = latency.measure(models, x, SimpleNamespace(seconds=0, clock='cpu', compile=False))
     assert r['rounds'] == 5 and all(r[f'{k} / unfolded'][0] <= r[f'{k} / unfolded'][2] for k in ('ours', 'fx', 'limit'))
-    assert '[' in latency.table({'a': r})
+    assert '[' in latency.table({'a 1': r}) and next(latency.summary({'a 1': r, 'a 2': dict(crashed='')})).startswith('a ')
 
 
 class Block(nn.Module):
