@@ -23,8 +23,9 @@ notebooks: $(VENV)/done ## Run every notebook and save what it shows
 	$(BIN)/python tools/notebooks.py
 	$(BIN)/python tools/readme.py
 
-bench: $(VENV)/done ## Coverage over the zoo (resumable), then the cost of a fold
-	cd benchmarks && ../$(BIN)/python coverage.py && ../$(BIN)/python cost.py
+bench: $(VENV)/done ## Everything in benchmarks/, one after the other (resumable, hours)
+	$(BIN)/python -m pip install --quiet onnx onnxscript onnxruntime
+	cd benchmarks && for args in coverage.py "coverage.py --sources pytorchcv" "coverage.py --sources torchvision" "coverage.py --timm-limit 10" peers.py latency.py cost.py numerics.py fuzz.py; do ../$(BIN)/python $$args || exit 1; done
 
 dist: $(VENV)/done ## A wheel and an sdist
 	$(BIN)/python -m build

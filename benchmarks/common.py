@@ -1,11 +1,13 @@
 "What the benchmarks share: networks, their examples, random statistics, the environment."
-import os, platform, warnings
+import json, os, platform, statistics, warnings
 from datetime import date
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 warnings.filterwarnings('ignore')
 here = Path(__file__).parent
@@ -49,6 +51,7 @@ def build(source, name):
     if source == 'pytorchcv':
         from pytorchcv.model_provider import get_model
         m = get_model(name)
+        if getattr(m, 'in_size', (0, 0))[1] > 1024: m = get_model(name, in_size=tuple(s//4 for s in m.in_size)) # pictures of streets
         return m, (torch.randn(1, m.in_channels if hasattr(m, 'in_channels') else 3, *(m.in_size if hasattr(m, 'in_size') else (224, 224))),)
     import torchvision
     build_fn = torchvision.models.get_model_builder(name)
@@ -62,3 +65,49 @@ def build(source, name):
     if kind == 'optical_flow': return m, (torch.randn(1, 3, 128, 128), torch.randn(1, 3, 128, 128))
     size = 224 if name == 'maxvit_t' else 128
     return m, (torch.randn(1, 3, size, size),)
+
+
+def cast(tree, dtype):
+    "The same with its floating tensors in `dtype`"
+    return tree_map(lambda t: t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() else t, tree)
+
+
+class BatchNormsRun(TorchDispatchMode):
+    "Counts the BatchNorms that run, whatever module or function runs them; not those that take the statistics of their input"
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if 'batch_norm' in func.overloadpacket.__name__ and not (args[5:6] == (True,)): self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def observe(model, args, places=()):
+    "One run: its outputs, what the modules at `places` gave, and how many BatchNorms ran"
+    seen = []
+    keep = lambda m, x, y: seen.append([t.clone() for t in tree_leaves(y) if isinstance(t, torch.Tensor)]) # what follows may write into it
+    handles = [model.get_submodule(p).register_forward_hook(keep) for p in places]
+    with torch.no_grad(), BatchNormsRun() as ran: out = model(*tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, args))
+    for h in handles: h.remove()
+    return [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)], seen, ran.count
+
+
+def load(path, key='networks'):
+    "What an earlier run left in `path`"
+    try: return json.load(open(path))[key]
+    except FileNotFoundError: return {}
+
+
+def save(path, **found):
+    "Results with the environment they were made in"
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix('.new') # a stopped run leaves the old file or the new one
+    new.write_text(json.dumps(dict(environment=environment(), **found), indent=1))
+    new.replace(path)
+
+
+def quartiles(values):
+    "First quartile, median, third quartile"
+    return statistics.quantiles(values, n=4, method='inclusive')

@@ -8,7 +8,7 @@ from fastprogress import progress_bar
 from torch import nn
 from torchvision.models import resnet50
 
-from common import environment, randomise, results
+from common import randomise, results, save
 from fasterai.misc.bn_folding import BN_Folder
 
 
@@ -68,10 +68,9 @@ def main():
     p.add_argument('--peak')
     a = p.parse_args()
     if a.peak: return measure_peak(a.peak)
-    found = dict(environment=environment(), resnet50=on_resnet50(a.rounds), depth=with_depth(max(3, a.rounds//3)),
+    found = dict(resnet50=on_resnet50(a.rounds), depth=with_depth(max(3, a.rounds//3)),
                  peak={f'{job}: extra memory / weights': peak(job)/1000 for job in ('copy', 'fold', 'fold_x', 'inplace')})
-    results.mkdir(exist_ok=True)
-    json.dump(found, open(results/'cost.json', 'w'), indent=1)
+    save(results/'cost.json', **found)
     print(json.dumps(found, indent=1))
 
 

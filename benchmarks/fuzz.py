@@ -1,13 +1,13 @@
 """Thousands of random networks: none may give another output when it is folded.
 
     python benchmarks/fuzz.py --networks 5000"""
-import argparse, json, random, re, sys
+import argparse, random, re, sys
 from collections import Counter
 
 import torch
 from fastprogress import progress_bar
 
-from common import environment, here, randomise, results
+from common import here, randomise, results, save
 from fasterai.fold.verify import difference, run
 from fasterai.misc.bn_folding import BN_Folder
 
@@ -43,8 +43,7 @@ def main():
         found, source = try_one(seed, x, more)
         seen += found
         if source: bad.append((seed, source))
-    results.mkdir(exist_ok=True)
-    json.dump(dict(environment=environment(), networks=a.networks, seen=dict(seen.most_common()), bad=bad), open(results/'fuzz.json', 'w'), indent=1)
+    save(results/'fuzz.json', networks=a.networks, seen=dict(seen.most_common()), bad=bad)
     for seed, source in bad[:5]: print(f'\nseed {seed}\n{source}')
     print(f"\n{a.networks} networks: {len(bad)} wrong or crashed")
     for what, n in seen.most_common(25): print(f'{n:7} {what}')
