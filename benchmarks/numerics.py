@@ -3,9 +3,10 @@
     python benchmarks/numerics.py                     # every network and type, then subnormal weights
     python benchmarks/numerics.py --only resnet18
 
-The exact result is that of the unfolded network, with its weights and its input as they are in that type, computed in float64. Goals: the folded network's error is at most 1.2 times
-the unfolded one's, and at most 1.05 times the peer's."""
-import argparse
+The exact result is that of the network as it was trained, in float32, computed in float64; then it is cast to the type, and folded. Goals: the folded network's error is at most 1.2 times
+the unfolded one's, and at most 1.05 times the peer's. Beside them: a network that is folded before it is cast (its weights are rounded once), and a harder measure, against the network with
+its weights as the type stores them (where the unfolded one has no weight rounded at all)."""
+import argparse, copy
 
 import torch
 from fastprogress import progress_bar
@@ -31,16 +32,18 @@ def errors(outs, truth):
 
 def measure(source, name, dtype, seeds, batch=4):
     "All errors, over several random statistics and inputs together"
-    outs = {k: [] for k in ('truth', 'unfolded', 'folded', 'peer')}
+    outs = {k: [] for k in ('truth', 'stored', 'unfolded', 'folded', 'peer', 'folded, then cast')}
     for seed in range(seeds):
         model, (x,) = build(source, name)
-        model, x = randomise(model, seed).to(dtype), torch.randn(batch, *x.shape[1:], generator=torch.Generator().manual_seed(seed)).to(dtype)
-        nets = dict(unfolded=model, folded=BN_Folder().fold(model), peer=siblings(model, (x,)))
+        model, x = randomise(model, seed), torch.randn(batch, *x.shape[1:], generator=torch.Generator().manual_seed(seed))
+        cast, y = copy.deepcopy(model).to(dtype), x.to(dtype)
+        nets = {'unfolded': cast, 'folded': BN_Folder().fold(cast), 'peer': siblings(cast, (y,)), 'folded, then cast': BN_Folder().fold(model).to(dtype)}
         with torch.no_grad():
-            for k, m in nets.items(): outs[k].append(m(x).flatten())
+            for k, m in nets.items(): outs[k].append(m(y).flatten())
             outs['truth'].append(model.double()(x.double()).flatten())
+            outs['stored'].append(cast.double()(y.double()).flatten())
     outs = {k: torch.cat(v) for k, v in outs.items()}
-    return {k: errors(o, outs['truth']) for k, o in outs.items() if k != 'truth'}
+    return {k: errors(o, outs['truth']) | dict(stored=errors(o, outs['stored'])['rms']) for k, o in outs.items() if k not in ('truth', 'stored')}
 
 
 def judged(r):
@@ -61,9 +64,11 @@ def subnormal(seconds, clock, channels=64, dtype=torch.float32):
 def table(found):
     "A line a network and type, then how many reach the goals"
     columns = [f'{kind}: folded / {other}' for kind in ('rms', 'largest') for other in ('unfolded', 'peer')]
-    rows = [('', 'unfolded rms', 'folded rms', 'peer rms', *columns)]
+    besides = {'folded, then cast / unfolded': lambda r: r['folded, then cast']['rms']/r['unfolded']['rms'], 'as stored: folded / unfolded': lambda r: r['folded']['stored']/r['unfolded']['stored']}
+    rows = [('', 'unfolded rms', 'folded rms', 'peer rms', *columns, *besides)]
     for name, r in found.items():
-        rows.append((name, r['crashed'], '', '', '', '', '', '') if 'crashed' in r else (name, *(f"{r[k]['rms']:.2e}" for k in ('unfolded', 'folded', 'peer')), *(f'{judged(r)[c]:.3f}' for c in columns)))
+        rows.append((name, r['crashed'], *['']*8) if 'crashed' in r else
+                    (name, *(f"{r[k]['rms']:.2e}" for k in ('unfolded', 'folded', 'peer')), *(f'{judged(r)[c]:.3f}' for c in columns), *(f'{f(r):.3f}' for f in besides.values())))
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     yield from ('  '.join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in rows)
     ratios = {name: judged(r) for name, r in found.items() if 'crashed' not in r}

@@ -96,7 +96,7 @@ def test_the_limit_has_no_identity():
 
 def test_numerics():
     r = numerics.measure(*tiny, torch.bfloat16, 1, batch=2)
-    assert all(0 < r[k]['rms'] < .5 for k in ('unfolded', 'folded', 'peer'))
+    assert all(0 < r[k]['rms'] < .5 for k in ('unfolded', 'folded', 'peer', 'folded, then cast'))
     assert 'of 1' in '\n'.join(numerics.table({'a': r}))
     assert numerics.subnormal(0, latency.clocks['cpu'], channels=4)['rounds'] == 5
 
