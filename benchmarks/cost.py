@@ -32,7 +32,7 @@ def on_resnet50(rounds):
     return {'fold / deepcopy (at most 2)': t['fold']/t['deepcopy'], 'fold with an example / (deepcopy + 4 forwards) (at most 1)': t['fold_x']/(t['deepcopy'] + 4*t['forward']), 'seconds': t}
 
 
-def chain(n): return randomise(nn.Sequential(*[l for _ in range(n) for l in (nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU())]))
+def chain(n, width=8): return randomise(nn.Sequential(*[l for _ in range(n) for l in (nn.Conv2d(width, width, 1), nn.BatchNorm2d(width), nn.ReLU())]))
 
 
 def with_depth(rounds, short=100, long=3000):
@@ -41,6 +41,13 @@ def with_depth(rounds, short=100, long=3000):
     t = interleaved(rounds, small=lambda: [BN_Folder().fold(small) for _ in range(long//short)], large=lambda: BN_Folder().fold(large),
                     small_x=lambda: [BN_Folder().fold(small, x) for _ in range(long//short)], large_x=lambda: BN_Folder().fold(large, x))
     return {f'a BatchNorm at {long} blocks / at {short} (at most 1.5)': t['large']/t['small'], 'the same with an example': t['large_x']/t['small_x'], 'seconds': t}
+
+
+def with_width(rounds, widths=(16, 256, 1024), blocks=20):
+    "`fold` against `deepcopy`, from a network that is all layers to one that is all weights"
+    nets = {w: chain(blocks, w) for w in widths}
+    t = interleaved(rounds, **{f'{job} {w}': lambda f=f, m=m: f(m) for w, m in nets.items() for job, f in (('deepcopy', copy.deepcopy), ('fold', lambda m: BN_Folder().fold(m)))})
+    return {f'fold / deepcopy at {w} channels': t[f'fold {w}']/t[f'deepcopy {w}'] for w in widths} | dict(seconds=t)
 
 
 def peak(job):
@@ -68,7 +75,7 @@ def main():
     p.add_argument('--peak')
     a = p.parse_args()
     if a.peak: return measure_peak(a.peak)
-    found = dict(resnet50=on_resnet50(a.rounds), depth=with_depth(max(3, a.rounds//3)),
+    found = dict(resnet50=on_resnet50(a.rounds), depth=with_depth(max(3, a.rounds//3)), width=with_width(a.rounds),
                  peak={f'{job}: extra memory / weights': peak(job)/1000 for job in ('copy', 'fold', 'fold_x', 'inplace')})
     save(results/'cost.json', **found)
     print(json.dumps(found, indent=1))

@@ -285,6 +285,28 @@ def test_a_failed_bake_puts_everything_back(inplace, monkeypatch):
     assert torch.equal(model(x), want) and computing(model[0]) and computing(model[3])
 
 
+def test_bake_of_code_that_asks():
+    "Baked and folded, the model must do what the original did"
+    def forward(m, x): return m.bn(m.conv(x)) if hasattr(m.conv, 'parametrizations') else m.bn(m.conv(x)).relu()
+    model = net(forward, conv=parametrizations.weight_norm(conv()), bn=nn.BatchNorm2d(4)).eval()
+    with pytest.raises(FoldError, match='asks how they are computed'): BN_Folder(bake=True).fold(model, x)
+    assert BN_Folder(bake=True).fold(nn.Sequential(model.conv, model.bn).eval(), x) is not None
+
+def test_a_failed_bake_leaves_hooks_and_buffers():
+    "A handle still removes its hook; a parametrized buffer is what it was"
+    class Twice(nn.Module):
+        def forward(self, w): return w*2
+    layer, seen = nn.Module(), []
+    layer.register_buffer('weight', torch.ones(2))
+    nn.utils.parametrize.register_parametrization(layer, 'weight', Twice())
+    model = chain()
+    model.extra = layer
+    handle = model[0].register_forward_hook(lambda *a: seen.append(1))
+    with pytest.raises(ValueError): BN_Folder(bake=True).fold(model.eval(), x[:, :3], inplace=True)
+    handle.remove()
+    model[0](x)
+    assert not seen and torch.equal(layer.weight, torch.full((2,), 2.))
+
 # Training mode
 
 def test_modes():

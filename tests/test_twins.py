@@ -1,5 +1,6 @@
 "What others get wrong: each case that must not fold, beside its twin that must."
 import functools
+from dataclasses import dataclass
 
 import pytest, torch
 import torch.nn.functional as F
@@ -22,6 +23,10 @@ class Bag(Net):
     def __init__(self, **layers): super().__init__(**layers); self.bag = [*layers.values()]
 
 
+@dataclass
+class Outputs:
+    y: torch.Tensor
+    more: object = None
 class Swish(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x): return x*x.sigmoid()
@@ -52,6 +57,8 @@ folds = dict( # every BatchNorm is folded, with an example and without
     interpolated=lambda: net(lambda m, x: m.bn(F.interpolate(m.conv(x), scale_factor=2, mode='bilinear')), conv=conv(), bn=bn()),
     reflected=lambda: net(lambda m, x: m.conv(F.pad(m.bn(x), (1, 1, 1, 1), mode='reflect')), bn=bn(), conv=conv(padding=0)),
     held_in_a_list=lambda: net(lambda m, x: m.bag[1](m.bag[0](x)), Bag, conv=conv(), bn=bn()),
+    returned_in_an_object=lambda: net(lambda m, x: Outputs(m.bn(m.conv(x))), conv=conv(), bn=bn()),
+    size_asked_for_its_type=lambda: net(lambda m, x: m.bn(c) if isinstance((c := m.conv(x)).shape[1], int) and isinstance(c.shape, tuple) and isinstance(c, torch.Tensor) else c.relu(), conv=conv(), bn=bn()),
     two_names=lambda: net(lambda m, x: m.again(m.conv(x)), conv=conv(), bn=(b := bn()), again=b),
     nested=lambda: net(lambda m, x: m.bn(m.body(x)), body=nn.Sequential(nn.Sequential(conv())), bn=bn()),
     hook_elsewhere=lambda: net(lambda m, x: m.act(m.bn(m.conv(x))), conv=conv(), bn=bn(), act=hooked(nn.ReLU())),
@@ -70,6 +77,8 @@ keeps = dict( # no BatchNorm is folded, with an example or without; the reason n
     output_read_twice=(lambda: net(lambda m, x: m.bn(c := m.conv(x)) + c, conv=conv(), bn=bn()), 'also read by `add`'),
     output_returned=(lambda: net(lambda m, x: (m.bn(c := m.conv(x)), c), conv=conv(), bn=bn()), 'also read by the caller'),
     output_returned_in_a_dict=(lambda: net(lambda m, x: {'y': m.bn(c := m.conv(x)), 'c': [c]}, conv=conv(), bn=bn()), 'also read by the caller'),
+    output_returned_in_an_object=(lambda: net(lambda m, x: [Outputs(m.bn(c := m.conv(x)), c)], conv=conv(), bn=bn()), 'also read by'),
+    output_returned_in_an_iterator=(lambda: net(lambda m, x: Outputs(m.bn(c := m.conv(x)), iter([c])), conv=conv(), bn=bn()), 'also read by'),
     own_output_returned=(lambda: net(lambda m, x: (m.conv(b := m.bn(x)), b), conv=conv(k=1), bn=bn()), 'also read by the caller'),
     layer_called_twice=(lambda: net(lambda m, x: m.bn(m.conv(m.conv(x))), conv=conv(), bn=bn()), 'called 2 times'),
     one_layer_two_batchnorms=(lambda: net(lambda m, x: m.a(c := m.conv(x)).relu() + m.b(c).relu(), conv=conv(), a=bn(), b=bn()), 'also read by'),
@@ -253,3 +262,23 @@ def test_held_by_a_closure():
     m.act = lambda x: m.bn(x)
     for example in ((), (x,)):
         with pytest.raises(FoldError): BN_Folder().fold(m, *example)
+
+
+@pytest.mark.parametrize('example', [False, True])
+def test_a_flag_is_tried_both_ways(example):
+    "What a flag that the example does not set would return is read by the caller"
+    class Flag(nn.Module):
+        def __init__(self): super().__init__(); self.conv, self.bn = conv(), bn()
+        def forward(self, x, features=False): return (self.bn(c), c) if (c := self.conv(x)) is not None and features else self.bn(c)
+    model = randomise(Flag())
+    new, report = fold(model, x, example=example)
+    assert norms(new) and all(torch.equal(a, b) for a, b in zip(model(x, features=True), new(x, features=True)))
+
+
+def test_what_is_empty_on_the_example():
+    "A part that is empty for one image has readers for two"
+    def forward(m, x):
+        y = m.conv(x)
+        return m.bn(y[:1]).sum() + (y[1:]*2).sum()
+    new, report = fold(net(forward, conv=conv(), bn=bn()), x[:1], inputs=[(x,), (x[:2],)])
+    assert norms(new)

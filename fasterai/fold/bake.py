@@ -41,15 +41,18 @@ def _remove_parametrizations(m, name):
 
 # %% ../../nbs/01_fold.bake.ipynb #5932a768
 def _snapshot(m):
-    "What `m` is made of, to put it back: its class (as it is now), its attributes, its hooks"
-    return m, type(m), dict(vars(type(m))) if parametrize.is_parametrized(m) else {}, {k: v.copy() if isinstance(v, dict) else v for k,v in vars(m).items()}
+    "What `m` is made of, to put it back: its class (as it is now), its attributes, what is in those that are dicts, such as its hooks"
+    return m, type(m), dict(vars(type(m))) if parametrize.is_parametrized(m) else {}, dict(vars(m)), [(v, v.copy()) for v in vars(m).values() if isinstance(v, dict)]
 
-def _put_back(m, cls, of_class, attrs):
+def _put_back(m, cls, of_class, attrs, dicts):
     for k,v in of_class.items():
         if isinstance(v, property): setattr(cls, k, v)
     object.__setattr__(m, '__class__', cls)
     m.__dict__.clear()
     m.__dict__.update(attrs)
+    for d,items in dicts: # the dicts themselves: a hook's handle knows the one that it is in
+        d.clear()
+        d.update(items)
 
 def _computes(m):
     "The modules that compute tensors of `m`, itself one"
@@ -67,22 +70,26 @@ def bake(
     model:nn.Module, # Changed: computed weights become plain parameters, under their own names
 )->callable: # Call it to put everything back
     "Make every computed weight plain, where that changes nothing"
-    saved,data = [_snapshot(m) for m in model.modules()], [(p, p.data) for p in model.parameters()]
+    saved,data = [_snapshot(m) for m in model.modules()], [(t, t.data) for t in (*model.parameters(), *model.buffers())]
+    values = [(t, t.detach().clone()) for t in model.buffers()] # which a computation may count its calls in
     holders = {}
     for name,m in model.named_modules():
         if any(o.training for o in _computes(m)): raise ValueError(f"`{name}` ({type(m).__name__}) computes its weight as in training: call `.eval()` first")
-        for p in m._parameters.values(): holders.setdefault(id(p), set()).add(name)
+        for p in (*m._parameters.values(), *m._buffers.values()): holders.setdefault(id(p), set()).add(name)
     def undo():
         for s in saved: _put_back(*s)
-        for p,old in data: p.data = old
+        for t,old in data: t.data = old
+        for t,old in values: t.detach().copy_(old)
     try:
         for m in [*model.modules()]:
-            if any(len(holders[id(p)]) > 1 for o in _computes(m) for p in o._parameters.values()): continue
+            if any(len(holders[id(p)]) > 1 for o in _computes(m) for p in (*o._parameters.values(), *o._buffers.values()) if p is not None): continue
             for name,(value,remove) in computing(m).items():
                 if not _steady(value): continue
                 want = value().detach().clone()
-                with torch.enable_grad(): remove(m, name)
-                if not torch.equal(getattr(m, name), want): raise RuntimeError(f"PyTorch's {remove.__name__} does not leave `{name}` of a {type(m).__name__} as it was computed")
+                try:
+                    with torch.enable_grad(): remove(m, name)
+                except Exception as e: raise ValueError(f"PyTorch can't make `{name}` of a {type(m).__name__} plain ({type(e).__name__}: {e}): remove what computes it by hand, or fold without `bake`") from e
+                if not torch.equal(getattr(m, name), want): raise ValueError(f"PyTorch's {remove.__name__} does not leave `{name}` of a {type(m).__name__} as it was computed")
     except BaseException:
         undo()
         raise

@@ -227,6 +227,7 @@ def _cut(call, t):
         if not _plain_index(rest[0]): raise Stop('`getitem` takes a computed part')
         return [t[rest[0]]]
     out = torch.ops.aten.slice.Tensor(t, *rest, **kw) if call.op == 'slice' else getattr(torch, call.op)(t, *rest, **kw)
+    if call.op in ('chunk', 'split', 'unbind') and len(out) < 2: raise Stop(f'`{call.op}` gives one part alone, and may give more')
     return list(out) if isinstance(out, (tuple, list)) else [out]
 
 def _full(call, label):

@@ -92,7 +92,7 @@ class Finder:
 
     def untouched_part(self, call, v, label):
         "Does `call` read a part of `v` in which nothing changes?"
-        if call.op not in PARTS or call.args[0] is not v: return False
+        if call.op not in PARTS or call.args[0] is not v or any(0 in (o.shape or ()) for o in call.outs): return False # what is empty here may not be for another input
         try: return all(nothing(l) for _,l in cross(call, v, label, up=False))
         except Stop: return False
 
@@ -231,8 +231,9 @@ def uses_bias(
 def plain(self:Finder, name, call, gains=False):
     "Does the layer compute what its parameters say and no more?"
     m = self.flow.modules[name]
-    run = self.runs_of.get(name, [None])[0]
-    return _is_torch(m) or gains and 'forward' not in vars(m) and uses_bias(m, call.op, () if run is None or run.one else run.given)
+    if _is_torch(m): return True
+    runs = self.runs_of.get(name, [])
+    return gains and 'forward' not in vars(m) and all(r.one or r.given for r in runs) and all(uses_bias(m, call.op, () if r.one else r.given) for r in runs[:1] + [r for r in runs if not r.one])
 
 # %% ../../nbs/05_fold.finder.ipynb #d950c843
 @patch

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from fastai.callback.core import Callback
-from fastai.learner import Learner
+from fastai.learner import Learner, Metric
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.imports import in_notebook
@@ -26,6 +26,7 @@ def _copied(cb, model, new):
     out,names = copy.copy(cb), {m: n for n,m in model.named_modules()}
     for k,v in vars(cb).items():
         if isinstance(v, nn.Module) and v in names: setattr(out, k, new.get_submodule(names[v]))
+        elif isinstance(v, (list, dict, set, L, Metric)): setattr(out, k, copy.copy(v)) # what it counts and collects
     return out
 
 def _show(report):
@@ -100,9 +101,12 @@ class _Beside(Callback):
         a,b = ([t.detach().double().cpu() for t in tensors_in(p) if t.is_floating_point()] for p in (self.pred, new))
         if [t.shape for t in a] != [t.shape for t in b]: raise ValueError(f'the models give different shapes: {[[*t.shape] for t in a]} and {[[*t.shape] for t in b]}')
         self.scale = max([self.scale, *(t.abs().max().item() for t in a if t.numel())])
-        self.largest.append(torch.stack([(p-q).abs().flatten(1).amax(1) if p.dim() > 1 else (p-q).abs() for p,q in zip(a, b) if p.numel()]).amax(0))
-        if not self.decodes: return
-        same = self.decodes(_first(self.pred)) == self.decodes(_first(new))
+        items = [(p-q).abs().flatten(1).amax(1) if p.dim() > 1 else (p-q).abs().flatten() for p,q in zip(a, b) if p.numel()]
+        if not items: raise ValueError('the model gives no real numbers to compare')
+        self.largest.append(torch.stack(items).amax(0) if len({len(i) for i in items}) == 1 else torch.cat(items).amax().view(1)) # a batch is one item where its outputs have no common first axis
+        was,now = (self.decodes(_first(p)) if self.decodes else None for p in (self.pred, new))
+        if not isinstance(was, Tensor): return
+        same = was == now
         self.equal,self.count = self.equal + same.sum().item(), self.count + same.numel()
 
 def _first(pred): return pred[0] if isinstance(pred, (tuple, list)) else pred # a recurrent model gives its activations too

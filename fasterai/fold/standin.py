@@ -6,7 +6,7 @@
 __all__ = ['INPLACE', 'METADATA', 'Opaque', 'phi', 'plain_batchnorm', 'known_layer', 'variants', 'trace_ways']
 
 # %% ../../nbs/03_fold.standin.ipynb #7fc015d3
-import builtins,dis,functools,gc,inspect,math,operator,threading,weakref
+import builtins,dis,functools,gc,inspect,math,operator,sys,threading,weakref
 from contextlib import ExitStack, contextmanager
 from itertools import product
 from math import prod
@@ -27,15 +27,19 @@ class Opaque(BaseException): # not an Exception: no `try` in a `forward` may swa
 class _Number(fx.Proxy):
     "Stands for a size, a dtype or what is computed from them"
     def _no(self, *args): raise Opaque(self.tracer.here(), 'it needs a number that depends on its input')
+    __repr__ = __str__ = __format__ = __dir__ = lambda self, *args: self._no()
     __int__ = __float__ = __index__ = __len__ = __contains__ = __deepcopy__ = __reduce_ex__ = _no
 
     def _math(f): return lambda self, *args: self.tracer.create_proxy('call_function', f, (self, *args), {})
     __ceil__,__floor__,__trunc__,__round__ = map(_math, (math.ceil, math.floor, math.trunc, round))
 
+_asked = {'shape', 'dtype', 'device', 'layout', 'ndim'}
+
 class _Value(_Number):
     "Stands for a tensor"
     def __getattr__(self, name):
         if not hasattr(Tensor, name): raise AttributeError(f"'Tensor' object has no attribute {name!r}")
+        if name in _asked: return self.tracer.create_proxy('call_function', getattr, (self, name), {})
         return super().__getattr__(name)
     def __setitem__(self, i, v): self.tracer.create_proxy('call_function', operator.setitem, (self, i, v), {})
 
@@ -54,7 +58,20 @@ class _Held(_Value):
 
 def _isinstance(o, kind, isinstance=isinstance):
     "`isinstance`, to which a stand-in is a tensor. (Were it to say so itself, in a `__class__`, C code would believe it too, and read memory that is not there)"
-    return isinstance(o, kind) or issubclass(type(o), _Value) and issubclass(Tensor, kind)
+    if isinstance(o, kind): return True
+    if issubclass(type(o), _Value): return issubclass(Tensor, kind)
+    return issubclass(type(o), _Number) and sys._getframe(1).f_globals.get('__name__', '').split('.')[0] not in ('torch', 'fasterai') and issubclass(_type_of(o.node), kind)
+
+_whole = {'dim', 'numel', 'nelement', 'ndimension', 'ndim', 'len', '__len__', 'add', 'sub', 'mul', 'floordiv', 'mod', 'neg'}
+
+def _type_of(node):
+    "The type of the number, size or dtype that `node` stands for, where the code asks for it"
+    name = node.target if node.op == 'call_method' else node.args[1] if node.target is getattr else getattr(node.target, '__name__', '')
+    if name in ('shape', 'size') and len(node.args) < 3 and (name == 'shape' or len(node.args) == 1): return torch.Size
+    if name == 'size' or name == 'getitem' and type(node.args[1]) is int and _type_of(node.args[0]) is torch.Size: return int
+    if name in ('dtype', 'device', 'layout'): return getattr(torch, name)
+    if name in _whole and all(_type_of(n) is int for n in values_in(node.args, fx.Node) if n.meta.get('number')): return int
+    return type(None)
 
 def _len(o):
     "`len`, in the modules whose functions are traced: the built-in one can give nothing but a number"
@@ -210,6 +227,10 @@ class _Tracer(fx.Tracer):
         "What was done and where, but for the modules called `gone`"
         return [(n.op, n.target, n.meta['stack'][-1]) for n in self.graph.nodes if n.op not in ('get_attr', 'output') and n.target not in gone and n.meta['stack'][-1] not in gone]
 
+    def signature(self):
+        "All that was done, where, and what came of it"
+        return self.outline(), [n.args for n in self.graph.nodes if n.op == 'output'], self.kept
+
     @contextmanager
     def watching(self):
         "Divert this thread's module calls and parameter reads; other threads pass through"
@@ -269,8 +290,8 @@ def trace_ways(m, names, params, opaque, variant):
         for c in (untouched(m), same_random_state()): ctx.enter_context(c)
         ctx.callback(reads.restore)
         ctx.enter_context(tracer.watching())
-        with reads: out = _nodes(tracer.ways(m, *_given(tracer, variant)))
-        tracer.kept = tracer.still_held()
-    tracer.create_node('output', 'output', tuple(out), {})
+        with reads: out = tracer.ways(m, *_given(tracer, variant))
+        tracer.kept = tracer.still_held() # while `out` is there: it may be of a kind that we can't look into
+    tracer.create_node('output', 'output', tuple(_nodes(out)), {})
     tracer.variant = variant
     return tracer

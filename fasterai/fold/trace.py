@@ -112,7 +112,7 @@ class _Graph:
         for stack,args,outs,one in tracer.calls: flow.entries.append(Entry(stack[-1], stack, values(args), values(outs), one))
         for name in tracer.read: flow.params[name].outside = 'a computation on weights'
         for v in (self.of.get(n) for n in tracer.kept):
-            if isinstance(v, Value): v.outside = 'a later call, for which it is kept'
+            if isinstance(v, Value): v.outside = v.outside or 'a later call, for which it is kept'
 
     def read(self, node, stack):
         "What a node stands for: a `Value`, or itself where it is no tensor of the flow"
@@ -167,7 +167,9 @@ def trace_flow(
             if type(m).forward is nn.Module.forward or name and (known_layer(m) or plain_batchnorm(m)): continue
             if type(m).forward is nn.Sequential.forward and name and seen.issuperset(m): continue # nobody calls it, but for what it holds
             seen.add(m)
-            for tracer in _trace_root(m, flow, names, opaque):
+            tracers = _trace_root(m, flow, names, opaque)
+            if len({str(t.signature()) for t in tracers}) > 1: flow.branches.add(name) # its optional arguments choose a way
+            for tracer in tracers:
                 seen.update(flow.modules[stack[-1]] for stack,*_ in tracer.calls)
                 flow.branches |= tracer.branched
                 flow.traces.append((name, tracer.variant, set(opaque), tracer.outline()))

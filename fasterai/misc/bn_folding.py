@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..fold.apply import Unfit, copied, fold_inplace, folded_copy, new_weights
 from ..fold.bake import bake
 from ..fold.carry import CARRIERS
-from ..fold.flow import naming, same_random_state
+from ..fold.flow import hook_name, naming, same_random_state
 from ..fold.layers import LAYERS
 from ..fold.plan import plan_folds
 from ..fold.record import record_flow
@@ -53,7 +53,7 @@ def unwrapped(
 )->nn.Module: # `model` itself, if it is no wrapper
     "The network inside of PyTorch's own wrappers"
     inner = _wrappers.get(f'{type(model).__module__}.{type(model).__qualname__}')
-    return unwrapped(getattr(model, inner)) if inner else model
+    return unwrapped(getattr(model, inner)) if inner and not hook_name(model) else model # what hooks on a wrapper do is a part of the model
 
 # %% ../../nbs/10_misc.bn_folding.ipynb #7bc8af48
 def _is_learner(o): return not isinstance(o, (nn.Module, type)) and isinstance(getattr(o, 'model', None), nn.Module) and hasattr(o, 'dls')
@@ -126,8 +126,15 @@ class BN_Folder:
     def _baked(model, xs, kwargs, inplace):
         "Fold a copy, or `model` itself, after its weights are made plain"
         if not inplace: model = copied(model)
+        want = _Fold(model, xs, kwargs).out if xs or kwargs else None
         undo = bake(model)
-        try: return _Fold(model, xs, kwargs).run(inplace=True)
+        try:
+            found = _Fold(model, xs, kwargs).run(inplace=True)
+            if want is None: return found
+            check = _difference(want, run(model, *_clone((xs, kwargs))))
+            if check.relative > 10*max(tolerance(t.dtype) for t in (*tensors_in(want), *model.parameters())):
+                raise FoldError(f"the model's outputs differ by {check.largest:.3g} (relative {check.relative:.2g}) once its weights are plain: its code asks how they are computed. The original is as it was: fold it without `bake`")
+            return *found[:2], check
         except BaseException:
             undo()
             raise
