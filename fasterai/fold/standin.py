@@ -27,7 +27,6 @@ class Opaque(BaseException): # not an Exception: no `try` in a `forward` may swa
 class _Number(fx.Proxy):
     "Stands for a size, a dtype or what is computed from them"
     def _no(self, *args): raise Opaque(self.tracer.here(), 'it needs a number that depends on its input')
-    __repr__ = __str__ = __format__ = __dir__ = lambda self, *args: self._no()
     __int__ = __float__ = __index__ = __len__ = __contains__ = __deepcopy__ = __reduce_ex__ = _no
 
     def _math(f): return lambda self, *args: self.tracer.create_proxy('call_function', f, (self, *args), {})
