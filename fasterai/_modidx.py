@@ -312,6 +312,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fasterai.fold.trace._batch_norm': ('fold.trace.html#_batch_norm', 'fasterai/fold/trace.py'),
                                      'fasterai.fold.trace._broadcast': ('fold.trace.html#_broadcast', 'fasterai/fold/trace.py'),
                                      'fasterai.fold.trace._cat_shape': ('fold.trace.html#_cat_shape', 'fasterai/fold/trace.py'),
+                                     'fasterai.fold.trace._flags_matter': ('fold.trace.html#_flags_matter', 'fasterai/fold/trace.py'),
                                      'fasterai.fold.trace._flatten_shape': ('fold.trace.html#_flatten_shape', 'fasterai/fold/trace.py'),
                                      'fasterai.fold.trace._layer_shape': ('fold.trace.html#_layer_shape', 'fasterai/fold/trace.py'),
                                      'fasterai.fold.trace._op_name': ('fold.trace.html#_op_name', 'fasterai/fold/trace.py'),

@@ -168,7 +168,7 @@ def trace_flow(
             if type(m).forward is nn.Sequential.forward and name and seen.issuperset(m): continue # nobody calls it, but for what it holds
             seen.add(m)
             tracers = _trace_root(m, flow, names, opaque)
-            if len({str(t.signature()) for t in tracers}) > 1: flow.branches.add(name) # its optional arguments choose a way
+            if _flags_matter(tracers): flow.branches.add(name)
             for tracer in tracers:
                 seen.update(flow.modules[stack[-1]] for stack,*_ in tracer.calls)
                 flow.branches |= tracer.branched
@@ -192,6 +192,12 @@ def same_outline(
             was = [o for o in outline if not (o[0] == 'call_module' and o[1] in gone) and o[2] not in gone]
             if now != was: return f'{naming(name)} computes something else'
     return ''
+
+def _flags_matter(tracers):
+    "Does a True or False that a `forward` is given choose its way?"
+    seen = {}
+    for t in tracers: seen.setdefault(str([way for _,way in t.variant if not isinstance(way, bool)]), set()).add(str(t.signature()))
+    return any(len(s) > 1 for s in seen.values())
 
 def _trace_root(m, flow, names, opaque):
     "A tracer for each variant of `m`'s arguments, with as few opaque modules as it takes"
