@@ -14,9 +14,10 @@ from fastprogress import progress_bar
 from torch.utils.benchmark import Timer
 
 from common import build, load, quartiles, randomise, results, save
-from fasterai.fold.verify import difference
+from fasterai.fold.verify import aligned, difference
 from fasterai.misc.bn_folding import BN_Folder
 from limit import identities, without_identities
+from peers import attempt, fx
 
 networks = [('torchvision', n) for n in ('resnet18', 'resnet50', 'vgg16_bn', 'mobilenet_v3_large', 'efficientnet_b0', 'densenet121')] + [('timm', n) for n in ('regnetx_002', 'levit_128s')]
 layouts = dict(nchw=torch.contiguous_format, channels_last=torch.channels_last)
@@ -25,18 +26,13 @@ columns = 'ours / unfolded', 'fx / unfolded', 'limit / unfolded', 'ours / limit'
 clocks = dict(wall=time.perf_counter, cpu=time.process_time)
 
 
-def fx(model):
-    from torch.fx.experimental.optimization import fuse
-    return fuse(model)
-
-
 def variants(model, x):
     "The four networks that are timed; the limit must give what ours gives"
     with torch.no_grad():
         ours = BN_Folder().fold(model, x)
         limit = without_identities(ours)
         if difference(ours(x), limit(x)).relative > 1e-6: raise AssertionError('the limit computes something else')
-        return dict(unfolded=model, ours=ours, fx=fx(model), limit=limit)
+        return dict(unfolded=model, ours=ours, fx=fx(model, (x,)), limit=limit)
 
 
 def prepare(source, name, size):
@@ -104,11 +100,6 @@ def measure(models, x, a, device='cpu'):
     return dict(on_cpu(models, x, a.seconds, clocks[a.clock], a.compile), **more)
 
 
-def attempt(job, *args):
-    try: return job(*args)
-    except Exception as e: return dict(crashed=f'{type(e).__name__}: {e}'[:200])
-
-
 def table(found):
     "A line a measurement: medians of ratios, quartiles in brackets"
     show = lambda q: f'{q[1]:.3f} [{q[0]:.3f} – {q[2]:.3f}]'
@@ -116,8 +107,7 @@ def table(found):
     for name, r in found.items():
         for kind, s in ((f'{name} {k}'.strip(), s) for k, s in (dict(eager=r['eager'], graphs=r['graphs']) if 'eager' in r else {'': r}).items()):
             rows.append((kind, *(show(s[c]) for c in columns)) if 'crashed' not in s else (kind, s['crashed'], '', '', ''))
-    widths = [max(len(r[i]) for r in rows) for i in range(5)]
-    return '\n'.join('  '.join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in rows)
+    return aligned(rows)
 
 
 def summary(found):

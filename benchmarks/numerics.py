@@ -16,9 +16,10 @@ from torch.utils.benchmark import Timer
 from common import build, load, quartiles, randomise, results, save
 from fasterai.fold.affine import Affine
 from fasterai.fold.layers import absorb
+from fasterai.fold.verify import aligned
 from fasterai.misc.bn_folding import BN_Folder
 from latency import clocks, interleaved
-from peers import siblings
+from peers import attempt, siblings
 
 networks = [('torchvision', n) for n in ('resnet18', 'vgg11_bn', 'mobilenet_v2', 'efficientnet_b0', 'densenet121', 'regnet_y_400mf', 'shufflenet_v2_x0_5', 'resnet50')]
 dtypes = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
@@ -69,8 +70,7 @@ def table(found):
     for name, r in found.items():
         rows.append((name, r['crashed'], *['']*8) if 'crashed' in r else
                     (name, *(f"{r[k]['rms']:.2e}" for k in ('unfolded', 'folded', 'peer')), *(f'{judged(r)[c]:.3f}' for c in columns), *(f'{f(r):.3f}' for f in besides.values())))
-    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    yield from ('  '.join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in rows)
+    yield aligned(rows)
     ratios = {name: judged(r) for name, r in found.items() if 'crashed' not in r}
     yield ''
     for c, goal in zip(columns, (1.2, 1.05)*2):
@@ -93,9 +93,7 @@ def main():
     lines = [(s, n, d) for s, n in networks for d in dtypes if a.only in (key := f'{n} {d}') and (a.again or key not in found)]
     tiny = subnormal(a.seconds, clocks[a.clock])
     for source, name, dtype in progress_bar(lines):
-        try: r = measure(source, name, dtypes[dtype], a.seeds)
-        except Exception as e: r = dict(crashed=f'{type(e).__name__}: {e}'[:200])
-        found[f'{name} {dtype}'] = r
+        found[f'{name} {dtype}'] = attempt(measure, source, name, dtypes[dtype], a.seeds)
         save(a.out, settings=dict(seeds=a.seeds, clock=a.clock), networks=found, subnormal=tiny)
     print('\n'.join(table({k: r for k, r in found.items() if a.only in k})))
     print('\nA convolution with subnormal weights, time against one with ordinary weights, median [quartiles]')

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from common import build, cast, here, load, observe, randomise, results, save
-from fasterai.fold.verify import difference
+from fasterai.fold.verify import aligned, difference
 from fasterai.misc.bn_folding import BN_Folder
 
 some = '''test_resnet test_byobnet test_efficientnet test_coatnet levit_128s repghostnet_050 xcit_nano_12_p8_224 hrnet_w18_small mobilenetv3_small_050 efficientvit_b0 lcnetv2_small resnetv2_18
@@ -177,8 +177,7 @@ def table(found, peers):
     for what in ('right', 'wrong', 'crashed', 'absent'): rows.append((what, *(str(sum(state(r) == what for r in totals[p])) for p in peers)))
     everything = {name: max(r.get('total', 0) for r in rs.values()) for name, rs in found.items()}
     rows.append(('removed and right', *(f"{sum(r['removed'] for r in totals[p] if r.get('right'))}/{sum(n for name, n in everything.items() if p in found[name])}" for p in peers)))
-    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    return '\n'.join('  '.join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in rows)
+    return aligned(rows)
 
 
 def main():

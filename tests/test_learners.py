@@ -2,7 +2,6 @@
 from copy import deepcopy
 
 import numpy as np, pandas as pd, pytest, torch
-from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.hook import ActivationStats
 from fastai.callback.training import GradientAccumulation
 from fastai.tabular.all import *
@@ -87,7 +86,7 @@ def test_vision_learner_in_every_use(tmp_path):
     new.export('new.pkl')
     loaded = load_learner(tmp_path/'new.pkl')
     close(loaded.predict(image)[2], new.predict(image)[2])
-    file = new.save('weights')
+    new.save('weights')
     with torch.no_grad(): new.model[1][-1].weight.zero_()
     new.load('weights')
     close(learn.get_preds()[0], new.get_preds()[0])

@@ -233,7 +233,9 @@ def plain(self:Finder, name, call, gains=False):
     m = self.flow.modules[name]
     if _is_torch(m): return True
     runs = self.runs_of.get(name, [])
-    return gains and 'forward' not in vars(m) and all(r.one or r.given for r in runs) and all(uses_bias(m, call.op, () if r.one else r.given) for r in runs[:1] + [r for r in runs if not r.one])
+    if not gains or 'forward' in vars(m) or not all(r.one or r.given for r in runs): return False
+    usual = [()] if any(r.one for r in runs) or not runs else []
+    return all(uses_bias(m, call.op, given) for given in usual + [r.given for r in runs if not r.one])
 
 # %% ../../nbs/05_fold.finder.ipynb #d950c843
 @patch

@@ -17,7 +17,7 @@ from fastcore.foundation import L
 from fastcore.imports import in_notebook
 from torch import Tensor, nn
 
-from .verify import Difference, tensors_in
+from .verify import Difference, aligned, tensors_in
 from ..misc.bn_folding import BN_Folder
 
 # %% ../../nbs/20_fold.learner.ipynb #1b454ac1
@@ -71,10 +71,7 @@ class Check:
         if self.equal is not None: yield 'equal predictions', '', f'{self.equal:.4%}'
         yield 'largest difference', '', f'{self.difference.largest:.3g} (relative {self.difference.relative:.2g})'
 
-    def __str__(self):
-        rows = [('', 'before', 'after'), *self.rows()]
-        widths = [max(len(r[i]) for r in rows) for i in range(3)]
-        return '\n'.join('  '.join(c.ljust(w) for c,w in zip(r, widths)).rstrip() for r in rows)
+    def __str__(self): return aligned([('', 'before', 'after'), *self.rows()])
     __repr__ = __str__
 
     def plot(self,

@@ -148,7 +148,7 @@ def _entries(recorder):
         stack.pop()
         entry = open_.pop()
         with torch._C.DisableTorchFunction():
-            for k in kwargs: entry.given = entry.given[0], recorder.values(k)
+            if kwargs: entry.given = entry.given[0], recorder.values(kwargs[0])
             entry.args += values_in(entry.given[1])
             entry.outs += values_in(recorder.values(tensors_in(out)))
             entry.one = len(args) == 1 and not any(kwargs) and isinstance(args[0], Tensor) and isinstance(out, Tensor)

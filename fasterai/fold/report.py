@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from html import escape
 
 from .plan import Plan
-from .verify import Difference
+from .verify import Difference, aligned
 
 # %% ../../nbs/09_fold.report.ipynb #8cedbee5
 @dataclass(frozen=True, eq=False)
@@ -39,8 +39,7 @@ class Report:
 
     def __str__(self):
         rows = [('BatchNorm', 'folded into', 'how, or why it is kept')] + [(r.name or '(the model)', r.into or '–', r.how or r.why) for r in self]
-        widths = [max(len(r[i]) for r in rows) for i in range(2)]
-        lines = ['  '.join([*(c.ljust(w) for c,w in zip(r, widths)), r[2]]) for r in rows]
+        lines = aligned(rows).split('\n')
         return '\n'.join([lines[0], '-'*len(lines[0]), *lines[1:], '', *self.totals()])
     __repr__ = __str__
 

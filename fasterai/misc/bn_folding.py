@@ -126,15 +126,13 @@ class BN_Folder:
     def _baked(model, xs, kwargs, inplace):
         "Fold a copy, or `model` itself, after its weights are made plain"
         if not inplace: model = copied(model)
-        want = _Fold(model, xs, kwargs).out if xs or kwargs else None
+        want = _on_example(run, model, (xs, kwargs)) if xs or kwargs else None
         undo = bake(model)
         try:
-            found = _Fold(model, xs, kwargs).run(inplace=True)
-            if want is None: return found
-            check = _difference(want, run(model, *_clone((xs, kwargs))))
-            if check.relative > 10*max(tolerance(t.dtype) for t in (*tensors_in(want), *model.parameters())):
-                raise FoldError(f"the model's outputs differ by {check.largest:.3g} (relative {check.relative:.2g}) once its weights are plain: its code asks how they are computed. The original is as it was: fold it without `bake`")
-            return *found[:2], check
+            fold = _Fold(model, xs, kwargs)
+            if fold.example and (found := _difference(want, fold.out)).relative > fold.tolerance():
+                raise FoldError(f"the model's outputs differ by {found.largest:.3g} (relative {found.relative:.2g}) once its weights are plain: its code asks how they are computed. The original is as it was: fold it without `bake`")
+            return fold.run(inplace=True)
         except BaseException:
             undo()
             raise
@@ -156,6 +154,13 @@ def _clone(tree):
     if type(tree) in (list, tuple): return type(tree)(map(_clone, tree))
     return copy.deepcopy(tree) if tensors_in(tree) else tree
 
+def _on_example(f, model, example, *more):
+    "What `f` makes of `model` and a copy of the example"
+    try: return f(model, *_clone(example), *more)
+    except Exception as e:
+        shapes = [f'{[*t.shape]} {t.dtype} on {t.device}' for t in tensors_in(example)]
+        raise ValueError(f"the model does not run on this example ({', '.join(shapes)}): {type(e).__name__}: {e}") from e
+
 _unsteady = {'sort', 'argsort', 'topk', 'nms', 'argmax', 'argmin', 'nonzero', 'unique', '_unique2'}
 
 def _difference(a, b):
@@ -167,14 +172,7 @@ class _Fold:
     def __init__(self, model, xs, kwargs):
         self.model,self.example,self.keep = model,(xs, kwargs) if xs or kwargs else None,{}
         self.traced,self.recorded = trace_flow(model),None
-        if self.example: self.record()
-
-    def record(self):
-        xs,kwargs = _clone(self.example)
-        try: self.recorded,self.out = record_flow(self.model, xs, kwargs, _known)
-        except Exception as e:
-            shapes = [f'{[*t.shape]} {t.dtype} on {t.device}' for t in tensors_in(self.example)]
-            raise ValueError(f"the model does not run on this example ({', '.join(shapes)}): {type(e).__name__}: {e}") from e
+        if self.example: self.recorded,self.out = _on_example(record_flow, model, self.example, _known)
 
     def plan(self): return plan_folds(self.recorded, self.traced, self.keep) if self.example else plan_folds(self.traced, keep=self.keep)
 
