@@ -92,7 +92,9 @@ def copied(
 )->nn.Module:
     "A deep copy of `model`, in which a tensor that has a gradient history is copied without it (`copy.deepcopy` refuses those)"
     memo = {} if memo is None else memo
-    for m in model.modules(): memo |= {id(v): v.detach().clone() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf}
+    for v in (v for m in model.modules() for v in vars(m).values()):
+        if isinstance(v, Tensor) and not v.is_leaf: memo[id(v)] = v.detach().clone()
+        elif type(v) is OrderedDict and not v: memo[id(v)] = OrderedDict() # where hooks would be; for speed alone
     return copy.deepcopy(model, memo)
 
 def folded_copy(

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .bake import computing
 from .carry import CARRIERS, ORDERS, PARTS, Stop, Unknown, cross, nothing
-from .flow import Call, Value, naming, under
+from .flow import Call, Value, mapped, naming, under
 from .layers import LAYERS, absorbs_before, in_channels, layer_call, out_channels
 from .standin import plain_batchnorm
 
@@ -202,9 +202,7 @@ class _Bias(TorchDispatchMode):
 
 def _like(tree, w, rank, more):
     "`tree` with a tensor on the meta device for each `Value`; those with `rank` axes are `more` longer on the last"
-    if isinstance(tree, Value): return w.new_empty([n + more*(d == rank-1 == len(tree.shape)-1) for d,n in enumerate(tree.shape)])
-    if isinstance(tree, dict): return {k: _like(v, w, rank, more) for k,v in tree.items()}
-    return type(tree)(_like(v, w, rank, more) for v in tree) if type(tree) in (list, tuple) else tree
+    return mapped(tree, Value, lambda v: w.new_empty([n + more*(d == rank-1 == len(v.shape)-1) for d,n in enumerate(v.shape)]))
 
 def uses_bias(
     m:nn.Module, # A layer without a bias

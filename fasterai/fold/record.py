@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .flow import Entry, Flow, Value, read_written_out, same_random_state, untouched, values_in
+from .flow import Entry, Flow, Value, mapped, read_written_out, same_random_state, untouched, values_in
 
 # %% ../../nbs/04_fold.record.ipynb #87d216db
 def _geometry(t): return t.storage_offset(), tuple(t.shape), t.stride(), t.dtype
@@ -87,9 +87,7 @@ class _Recorder(TorchDispatchMode):
 
     def values(self, tree):
         "`tree` with a `Value` in the place of each tensor"
-        if isinstance(tree, Tensor): return self.value(tree)
-        if isinstance(tree, dict): return {k: self.values(v) for k,v in tree.items()}
-        return type(tree)(map(self.values, tree)) if type(tree) in (list, tuple) else tree
+        return mapped(tree, Tensor, self.value)
 
     def written(self, func, args, kwargs):
         "The tensors that `func` writes into, as its schema says"

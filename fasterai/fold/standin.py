@@ -15,7 +15,7 @@ from types import FunctionType
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from .flow import same_random_state, untouched, values_in
 
@@ -24,8 +24,22 @@ class Opaque(BaseException): # not an Exception: no `try` in a `forward` may swa
     "The trace can't go through `module`; `choice`: it may choose its way by what can't be known"
     def __init__(self, module, why, choice=True): self.module,self.why,self.choice = module,why,choice
 
+class _Node:
+    "One thing that was done to stand-ins. (PyTorch's own takes several times as long to make)"
+    def __init__(self, name, op, target, args, kwargs, stack):
+        self.name,self.op,self.target,self.args,self.kwargs,self.stack,self.number,self.users = name,op,target,args,kwargs,stack,False,{}
+        self.inputs = values_in((args, kwargs), _Node)
+        for n in self.inputs: n.users[self] = None
+    def __repr__(self): return self.name
+
 class _Number(fx.Proxy):
     "Stands for a size, a dtype or what is computed from them"
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        tracer,kwargs = values_in((args, kwargs), fx.Proxy)[0].tracer, kwargs or {}
+        if is_tensor_method_or_property(func): return tracer.create_proxy('call_method', func.__name__, args, kwargs)
+        return tracer.create_proxy('call_function', func, args, kwargs)
+
     def _no(self, *args): raise Opaque(self.tracer.here(), 'it needs a number that depends on its input')
     __int__ = __float__ = __index__ = __len__ = __contains__ = __deepcopy__ = __reduce_ex__ = _no
 
@@ -69,7 +83,7 @@ def _type_of(node):
     if name in ('shape', 'size') and len(node.args) < 3 and (name == 'shape' or len(node.args) == 1): return torch.Size
     if name == 'size' or name == 'getitem' and type(node.args[1]) is int and _type_of(node.args[0]) is torch.Size: return int
     if name in ('dtype', 'device', 'layout'): return getattr(torch, name)
-    if name in _whole and all(_type_of(n) is int for n in values_in(node.args, fx.Node) if n.meta.get('number')): return int
+    if name in _whole and all(_type_of(n) is int for n in node.inputs if n.number): return int
     return type(None)
 
 def _len(o):
@@ -120,11 +134,10 @@ def _raised(e):
     own = code.co_filename.split('site-packages/')[-1].split('/')[0] != 'torch' or '/torch/nn/modules/' in code.co_filename
     return own and dis.opname[code.co_code[tb.tb_lasti]] == 'RAISE_VARARGS'
 
-class _Tracer(fx.Tracer):
+class _Tracer(fx.proxy.TracerBase):
     "Goes through a part of a model and all that it calls, but for the `opaque` modules"
     def __init__(self, names, params, opaque):
-        super().__init__()
-        self.names,self.params,self.opaque,self.graph = names,params,opaque,fx.Graph()
+        self.names,self.params,self.opaque,self.nodes = names,params,opaque,[]
         self.thread,self.stack,self.frames,self.calls,self.read,self.proxies,self.branched,self.patched,self.tries,self.made = threading.get_ident(),[],[],[],set(),{},set(),{},0,[]
 
     def call_module(self, m, args, kwargs):
@@ -138,9 +151,7 @@ class _Tracer(fx.Tracer):
         finally: self.stack.pop()
 
     def leaf(self, m, args, kwargs):
-        out = self.create_proxy('call_module', self.names[m], args, kwargs)
-        out.node.meta['training'] = m.training
-        return out
+        return self.create_proxy('call_module', self.names[m], args, kwargs)
 
     def ways(self, m, args, kwargs):
         "Every way through `m`"
@@ -185,20 +196,20 @@ class _Tracer(fx.Tracer):
     def here(self): return next(m for m,n in self.names.items() if n == self.stack[-1])
 
     def proxy(self, node):
-        parts = values_in([node.args, node.kwargs], fx.Node)
-        of_numbers = parts and all(p.meta.get('number') for p in parts)
+        of_numbers = node.inputs and all(n.number for n in node.inputs)
         asks = node.target is builtins.len or node.op == 'call_method' and node.target in METADATA or node.target is getattr and node.args[1] in METADATA
-        node.meta['number'] = asks or of_numbers
-        return self.made_one((_Number if node.meta['number'] else _Value)(node, self))
+        node.number = bool(asks or of_numbers)
+        return self.made_one((_Number if node.number else _Value)(node, self))
 
     def made_one(self, proxy):
         self.made.append(weakref.ref(proxy))
         return proxy
 
-    def still_held(self):
-        "What the stand-ins stand for that something still holds when the trace is over: a later call could meet them"
+    def still_held(self, out):
+        "What the stand-ins stand for that something besides what is seen in `out` still holds when the trace is over: a later call could meet them"
         self.proxies.clear()
-        alive = lambda: [p.node for ref in self.made if (p := ref()) is not None]
+        given = {*_nodes(out)}
+        alive = lambda: [p.node for ref in self.made if (p := ref()) is not None and p.node not in given]
         if alive(): gc.collect()
         return alive()
 
@@ -212,23 +223,23 @@ class _Tracer(fx.Tracer):
     def create_arg(self, a):
         kind = type(a)
         if issubclass(kind, fx.Proxy): return a.node
-        if kind in (tuple, list): return kind(map(self.create_arg, a))
-        if not isinstance(a, Tensor): return super().create_arg(a)
+        if kind in (tuple, list): return kind([self.create_arg(o) for o in a])
+        if not issubclass(kind, Tensor): return super().create_arg(a)
         p = self.stand_in(a)
         return p.node if issubclass(type(p), fx.Proxy) else self.create_node('get_attr', '', (), {})
 
     def create_node(self, kind, target, args, kwargs, name=None, type_expr=None):
-        node = self.graph.create_node(kind, target, args, kwargs, f'n{len(self.graph.nodes)}')
-        node.meta['stack'] = tuple(self.stack)
+        node = _Node(f'n{len(self.nodes)}', kind, target, args, kwargs, tuple(self.stack))
+        self.nodes.append(node)
         return node
 
     def outline(self, gone=()):
         "What was done and where, but for the modules called `gone`"
-        return [(n.op, n.target, n.meta['stack'][-1]) for n in self.graph.nodes if n.op not in ('get_attr', 'output') and n.target not in gone and n.meta['stack'][-1] not in gone]
+        return [(n.op, n.target, n.stack[-1]) for n in self.nodes if n.op not in ('get_attr', 'output') and n.target not in gone and n.stack[-1] not in gone]
 
     def signature(self):
         "All that was done, where, and what came of it"
-        return self.outline(), [n.args for n in self.graph.nodes if n.op == 'output'], self.kept
+        return self.outline(), [n.args for n in self.nodes if n.op == 'output'], self.kept
 
     @contextmanager
     def watching(self):
@@ -238,7 +249,7 @@ class _Tracer(fx.Tracer):
         def __call__(m, *args, **kwargs): return self.call_module(m, args, kwargs) if mine() else call(m, *args, **kwargs)
         def __getattr__(m, name):
             value = get(m, name)
-            return self.stand_in(value) if isinstance(value, Tensor) and mine() else value
+            return self.stand_in(value) if issubclass(type(value), Tensor) and mine() else value
         nn.Module.__call__,nn.Module.__getattr__,builtins.isinstance = __call__,__getattr__,_isinstance
         try: yield
         finally:
@@ -281,7 +292,7 @@ def variants(m):
     return [[*zip(ps, ways)] for ways in product(*options)]
 
 def trace_ways(m, names, params, opaque, variant):
-    "All ways through `m`, called like this: the tracer, whose graph ends in an output"
+    "All ways through `m`, called like this: the tracer, whose nodes end in an output"
     tracer = _Tracer(names, params, opaque)
     reads = _Reads(tracer)
     tracer.stack.append(names[m])
@@ -290,7 +301,7 @@ def trace_ways(m, names, params, opaque, variant):
         ctx.callback(reads.restore)
         ctx.enter_context(tracer.watching())
         with reads: out = tracer.ways(m, *_given(tracer, variant))
-        tracer.kept = tracer.still_held() # while `out` is there: it may be of a kind that we can't look into
+        tracer.kept = tracer.still_held(out) # while `out` is there: it may be of a kind that we can't look into
     tracer.create_node('output', 'output', tuple(_nodes(out)), {})
     tracer.variant = variant
     return tracer

@@ -11,10 +11,10 @@ from math import prod
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .flow import SHAPED_LIKE, Entry, Flow, Value, held_in, naming, read_written_out, values_in
+from .flow import SHAPED_LIKE, Entry, Flow, Value, held_in, mapped, naming, read_written_out, values_in
 from .layers import LAYERS, layer_call, out_channels
 from .standin import INPLACE, METADATA, Opaque, known_layer, plain_batchnorm, trace_ways, variants
 
@@ -107,7 +107,7 @@ class _Graph:
     "Adds the calls of one graph to a flow"
     def __init__(self, flow, tracer):
         self.flow,self.of = flow,{}
-        for node in tracer.graph.nodes: self.of[node] = self.read(node, node.meta['stack'])
+        for node in tracer.nodes: self.of[node] = self.read(node, node.stack)
         values = lambda nodes: [v for n in nodes if isinstance(v := self.of.get(n), Value)]
         for stack,args,outs,one in tracer.calls: flow.entries.append(Entry(stack[-1], stack, values(args), values(outs), one))
         for name in tracer.read: flow.params[name].outside = 'a computation on weights'
@@ -116,10 +116,10 @@ class _Graph:
 
     def read(self, node, stack):
         "What a node stands for: a `Value`, or itself where it is no tensor of the flow"
-        args,kwargs = (fx.node.map_arg(o, self.of.__getitem__) for o in (tuple(node.args), dict(node.kwargs)))
+        args,kwargs = mapped((node.args, node.kwargs), type(node), self.of.__getitem__)
         if node.op == 'placeholder': return Value()
         if node.op == 'get_attr': return self.flow.params[node.target] if node.target else Value()
-        if node.op == 'call_module': return self.module(node.target, args, kwargs, stack, node.meta['training'])
+        if node.op == 'call_module': return self.module(node.target, args, kwargs, stack)
         if node.op == 'output':
             for v in values_in(args): v.outside = f'the caller of {naming(stack[-1])}'
             return node
@@ -134,7 +134,7 @@ class _Graph:
     def held(self, m, *names):
         return [None if (t := getattr(m, n)) is None else self.flow.params[self.flow.names[t]] if t in self.flow.names else Value() for n in names]
 
-    def module(self, name, args, kwargs, stack, training):
+    def module(self, name, args, kwargs, stack):
         "The one operation of a module that is not looked into"
         m = self.flow.modules[name]
         if len(args) != 1 or kwargs or not isinstance(args[0], Value) or not (plain_batchnorm(m) or known_layer(m)): return self.call(type(m).__name__, args, kwargs, stack, opaque=True)
@@ -145,7 +145,7 @@ class _Graph:
         rank = 4 if isinstance(m, nn.BatchNorm2d) else 5 if isinstance(m, nn.BatchNorm3d) else 0
         if rank and args[0].shape is None: args[0].shape = (None, m.num_features) + (None,)*(rank-2)
         own = self.held(m, 'weight', 'bias', 'running_mean', 'running_var')
-        return self.call('batch_norm', (*args, *own, training or m.running_mean is None, m.momentum, m.eps), {}, stack)
+        return self.call('batch_norm', (*args, *own, m.training or m.running_mean is None, m.momentum, m.eps), {}, stack)
 
     def call(self, op, args, kwargs, stack, inplace=False, parts=0, opaque=False):
         outs = tuple(Value(None if parts or opaque else _shape_of(op, args, kwargs)) for _ in range(parts or 1))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .flow import same_random_state, untouched
+from .flow import mapped, same_random_state, untouched
 from .record import tensors_in
 
 # %% ../../nbs/08_fold.verify.ipynb #fdd13292
@@ -53,9 +53,7 @@ def to_double(
     tree:object, # Tensors in tuples, lists and dicts
 ):
     "The same with its floating tensors in float64"
-    if isinstance(tree, Tensor): return tree.double() if tree.is_floating_point() else tree
-    if isinstance(tree, dict): return type(tree)((k, to_double(v)) for k,v in tree.items()) if type(tree) is dict else tree
-    return type(tree)(map(to_double, tree)) if type(tree) in (list, tuple) else tree
+    return mapped(tree, Tensor, lambda t: t.double() if t.is_floating_point() else t)
 
 # %% ../../nbs/08_fold.verify.ipynb #c3f2a767
 def run(
