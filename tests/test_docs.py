@@ -32,7 +32,7 @@ def said(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.Raise) and node.exc and 'AttributeError' not in ast.dump(node.exc): yield from strings(node.exc)
         elif isinstance(node, ast.Return) and node.value: yield from strings(node.value)
-        elif isinstance(node, ast.Assign) and re.search('outside|why|strided|source', ast.unparse(node.targets[0])): yield from strings(node.value)
+        elif isinstance(node, (ast.Assign, ast.AugAssign)) and re.search('outside|why|strided|source|wrong|advice|notes', ast.unparse(node).split('=')[0]): yield from strings(node.value)
 
 
 def reasons():

@@ -12,6 +12,8 @@ from collections import OrderedDict
 from torch import Tensor, nn
 
 from .affine import batchnorm_affine, take, then
+from .clamp import ChannelClamp, through_clamp
+from .flow import under
 from .layers import absorb, absorb_batchnorm
 from .plan import Plan
 
@@ -20,9 +22,11 @@ class Unfit(ArithmeticError):
     "A folded weight does not fit its dtype; `layer` says whose"
     def __init__(self, layer): super().__init__(layer); self.layer = layer
 
+def _inside(name, attr): return f'{name}.{attr}'.removeprefix('.')
+
 def _compose(plan, tensors):
-    "For each layer's weight: an `Absorb`, the affine before the layer, and the affine after it"
-    sides = {}
+    "For each layer's weight: an `Absorb`, the affine before the layer, and the affine after it; for each BatchNorm that becomes a clamp: its bounds, and what they clamp"
+    sides,bounds = {},{}
     for row in plan:
         if not row.folded: continue
         weight,bias,mean,var = (tensors.get(n) for n in row.stats)
@@ -30,13 +34,17 @@ def _compose(plan, tensors):
         _,before,after = sides.get(row.stats[0], (None, None, None))
         if before: f = then(before, f)
         if after: f = then(f, after)
+        if row.through:
+            dtype = tensors[row.stats[2]].dtype
+            lower,upper,f = through_clamp(f, *row.bounds, dtype)
+            bounds |= {_inside(row.name, n): b.to(dtype).view(-1, *[1]*(row.rank-2)) for n,b in (('lower', lower), ('upper', upper))}
         for a in row.absorbs:
             _,before,after = sides.get(a.weight, (None, None, None))
             g = take(f, a.index, a.shift)
             if a.before: before = then(g, before) if before else g
             else: after = then(after, g) if after else g
             sides[a.weight] = a,before,after
-    return sides
+    return sides, bounds
 
 def _finite(*tensors):
     "Are all values finite? (A finite sum says so at once)"
@@ -45,11 +53,12 @@ def _finite(*tensors):
 def new_weights(
     model:nn.Module, # Read, not changed
     plan:Plan, # Of this model, or of one built like it
-)->dict: # Tensors by name; a layer that gains a bias has a name for it here
+)->dict: # Tensors by name; a layer that gains a bias has a name for it here, and a clamp two for its bounds
     "Every weight and bias that the plan rewrites"
-    gone,new = {r.stats[0] for r in plan if r.folded},{}
+    gone = {r.stats[0] for r in plan if r.folded}
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
-    for weight,(a,before,after) in _compose(plan, tensors).items():
+    sides,new = _compose(plan, tensors)
+    for weight,(a,before,after) in sides.items():
         if weight in gone: continue
         w,b = tensors[weight], tensors.get(a.bias)
         if a.op == 'batch_norm':
@@ -57,16 +66,31 @@ def new_weights(
             w2,b2 = absorb_batchnorm(m.running_mean, m.running_var, w, b, m.eps, before, after)
         else: w2,b2 = absorb(a.op, w, b, a.groups, before, after)
         if not _finite(w2, b2) and _finite(w, b): raise Unfit(a.layer)
-        new[weight],new[a.bias or f'{a.layer}.bias'.removeprefix('.')] = w2,b2
+        new[weight],new[a.bias or _inside(a.layer, 'bias')] = w2,b2
     return new
 
 # %% ../../nbs/07_fold.apply.ipynb #9d5a1c99
-def _replacement(bn, rest):
+def _replacement(bn, row, new):
     "What a folded BatchNorm becomes"
-    kept = [(n.rpartition('.')[2], bn.get_submodule(n.rpartition('.')[2])) for n in rest]
-    new = nn.Sequential(OrderedDict(kept)) if kept else nn.Identity()
-    new.training = bn.training
-    return new
+    kept = [(n.rpartition('.')[2], bn.get_submodule(n.rpartition('.')[2])) for n in row.rest]
+    if row.through: made = ChannelClamp(new[_inside(row.name, 'lower')], new[_inside(row.name, 'upper')], row.alone)
+    else: made = nn.Sequential(OrderedDict(kept)) if kept else nn.Identity()
+    made.training = bn.training
+    return made
+
+def _swaps(model, plan, new):
+    "Each module that goes, and what comes in its place"
+    for row in plan:
+        if not row.folded: continue
+        bn = model.get_submodule(row.name)
+        yield bn, _replacement(bn, row, new)
+        if row.through and not under(row.through, row.name): yield model.get_submodule(row.through), nn.Identity()
+
+def _parameters(model, new):
+    "The rewritten ones among `new`: the module that holds one, its name there, and its tensor"
+    for name,t in new.items():
+        m,attr = _holder(model, name)
+        if attr in m._parameters: yield m, attr, t
 
 def become(
     m:nn.Module, # Changed, whoever holds it
@@ -103,20 +127,14 @@ def folded_copy(
     new:dict, # From `new_weights`
 )->nn.Module: # Same class, names, devices, dtypes, memory formats, modes and `requires_grad`
     "A deep copy of `model` with the plan carried out; weights that are rewritten are not copied first"
-    memo = {}
-    for name,t in new.items():
-        m,attr = _holder(model, name)
-        if (p := m._parameters[attr]) is not None: memo[id(p)] = type(p)(t, requires_grad=p.requires_grad)
-    for row in plan:
-        if not row.folded: continue
-        bn = model.get_submodule(row.name)
-        new_bn = _replacement(bn, row.rest)
-        memo[id(bn)] = copy.deepcopy(new_bn, memo) if row.rest else new_bn
+    memo,rewritten = {},{}
+    for m,attr,t in _parameters(model, new):
+        if (p := m._parameters[attr]) is not None: rewritten[id(t)] = memo[id(p)] = type(p)(t, requires_grad=p.requires_grad)
+    for m,made in [*_swaps(model, plan, new)]: memo[id(m)] = copy.deepcopy(made, memo) if made._modules else made
     out = copied(model, memo)
-    for name,t in new.items():
-        m,attr = _holder(out, name)
+    for m,attr,t in _parameters(out, new):
         if m._parameters[attr] is None: _gain_bias(m, attr, t)
-        elif m._parameters[attr] is not memo[id(_holder(model, name)[0]._parameters[attr])]: raise TypeError(f'`{name}` is not in the copy: a `__deepcopy__` of its own made another')
+        elif m._parameters[attr] is not rewritten[id(t)]: raise TypeError(f'the `{attr}` of a {type(m).__name__} is not in the copy: a `__deepcopy__` of its own made another')
     return out
 
 # %% ../../nbs/07_fold.apply.ipynb #9f9470f5
@@ -130,19 +148,16 @@ def fold_inplace(
     def undo():
         while steps: (step := steps.pop())[0](*step[1:])
     try:
-        for name,t in new.items():
-            m,attr = _holder(model, name)
+        for m,attr,t in [*_parameters(model, new)]:
             if (p := m._parameters[attr]) is not None:
                 steps.append((setattr, p, 'data', p.data))
                 p.data = t
             else:
                 steps.append((m._parameters.__setitem__, attr, None))
                 _gain_bias(m, attr, t)
-        for row in plan:
-            if not row.folded: continue
-            bn = model.get_submodule(row.name)
-            steps += [(object.__setattr__, bn, '__class__', type(bn)), (object.__setattr__, bn, '__dict__', bn.__dict__)]
-            become(bn, _replacement(bn, row.rest))
+        for m,made in _swaps(model, plan, new):
+            steps += [(object.__setattr__, m, '__class__', type(m)), (object.__setattr__, m, '__dict__', m.__dict__)]
+            become(m, made)
     except BaseException:
         undo()
         raise

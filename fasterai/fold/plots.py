@@ -12,9 +12,9 @@ from .report import Report
 from .verify import Comparison
 
 # %% ../../nbs/10_fold.plots.ipynb #8fcfccdd
-_outcomes = {'folded into the layer before it': 'tab:blue', 'folded into the layer behind it': 'tab:cyan', 'kept': 'tab:orange'}
+_outcomes = {'folded into the layer before it': 'tab:blue', 'folded into the layer behind it': 'tab:cyan', 'folded through a ReLU': 'tab:green', 'merged by a module of its own': 'tab:purple', 'kept': 'tab:orange'}
 
-def _outcome(row): return [*_outcomes][2 if not row.folded else row.absorbs[0].before]
+def _outcome(row): return [*_outcomes][4 if not row.folded else 3 if row.merged else 2 if row.through else row.absorbs[0].before]
 
 @patch
 def plot(self:Report,

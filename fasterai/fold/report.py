@@ -20,6 +20,7 @@ class Report:
     before:int # Parameters
     after:int|None=None # Parameters; `None` for a plan that was not carried out
     check:Difference|None=None # Between the outputs on the example; `None` where there was none
+    notes:tuple=() # What else there is to say, a line each
 
     def __iter__(self): return iter(self.plan)
     def __len__(self): return len(self.plan)
@@ -35,6 +36,7 @@ class Report:
         done = self.after is not None
         yield f'{self.folded} of {len(self)} BatchNorms {"folded" if done else "can be folded"}, {self.kept} kept'
         yield f'{self.before:,} parameters' + (f' became {self.after:,}: {self.before-self.after:,} fewer' if done else '')
+        yield from self.notes
         if self.check: yield f'outputs on the example differ by {self.check.largest:.2g} at most (relative {self.check.relative:.2g})'
 
     def __str__(self):

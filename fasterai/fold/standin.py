@@ -102,7 +102,7 @@ _questions = {'type', 'callable', 'id', 'vars', 'eval', 'exec', 'is_grad_enabled
 def _question(cls, name='forward', asked=()):
     "What the code of a method, or of those that it calls, asks that can't be answered; '' if nothing"
     f = inspect.unwrap(getattr(cls, name, None)) if name not in asked else None
-    if not isinstance(f, FunctionType) or (f.__module__ or '').startswith('torch.nn.'): return ''
+    if not isinstance(f, FunctionType) or (f.__module__ or '').startswith(('torch.nn.', 'fasterai.')): return ''
     code = [*dis.get_instructions(f)]
     for at,i in enumerate(code):
         if i.opname in ('CHECK_EXC_MATCH', 'JUMP_IF_NOT_EXC_MATCH'): return 'it catches exceptions'

@@ -18,7 +18,8 @@ from ..fold.bake import bake
 from ..fold.carry import CARRIERS
 from ..fold.flow import hook_name, naming, same_random_state
 from ..fold.layers import LAYERS
-from ..fold.plan import plan_folds
+from ..fold.merge import merge
+from ..fold.plan import SIDES, plan_folds
 from ..fold.record import record_flow
 from ..fold.report import Report
 from ..fold.trace import same_outline, trace_flow
@@ -89,7 +90,9 @@ class BN_Folder:
 
     def __init__(self,
         bake:bool=False, # First make plain the weights that parametrizations, `weight_norm`, `spectral_norm` and pruning compute in each forward
-    ): self.bake = bake
+        through_relu:bool=False, # Fold through a `ReLU` module too: the two become one clamp with bounds for each channel
+        reparameterize:bool=False, # First let the modules that know how to merge their own branches do so (`reparameterize`, `switch_to_deploy`, `fuse`), where an example shows that nothing changes
+    ): self.bake,self.through_relu,self.reparameterize = bake,through_relu,reparameterize
 
     def plan(self,
         model:nn.Module, # Or a fastai `Learner`; in eval mode
@@ -98,9 +101,9 @@ class BN_Folder:
     )->Report: # Nothing is changed
         """What `fold` would do with each BatchNorm. Takes what `fold` takes, and raises the same errors for bad input."""
         model,xs = self._inputs(model, xs, kwargs)
-        core = unwrapped(model)
-        if self.bake: bake(core := copied(core))
-        return Report(_Fold(core, xs, kwargs).plan(), count_parameters(model))
+        core,rows,notes = unwrapped(model),[],[]
+        if self._prepares: _,rows,notes = self._prepare(core := copied(core), xs, kwargs)
+        return Report(self._of(core, xs, kwargs).plan().after(rows), count_parameters(model), notes=tuple(notes))
 
     def fold(self,
         model:nn.Module, # Or a fastai `Learner`; in eval mode. It is not changed, unless `inplace`
@@ -117,25 +120,49 @@ class BN_Folder:
         model,xs = self._inputs(model, xs, kwargs)
         core,before = unwrapped(model), count_parameters(model)
         if inplace and isinstance(model, DistributedDataParallel): raise ValueError("a DistributedDataParallel has registered its parameters with the other processes: fold `model.module`, then wrap it again")
-        new,plan,check = self._baked(core, xs, kwargs, inplace) if self.bake else _Fold(core, xs, kwargs).run(inplace)
+        if self._prepares: new,plan,check,notes = self._prepared(core, xs, kwargs, inplace)
+        else: (new,plan,check),notes = self._of(core, xs, kwargs).run(inplace),()
         if core is not model: new = model if inplace else copied(model, {id(core): new})
-        self.report = Report(plan, before, count_parameters(new), check)
+        self.report = Report(plan, before, count_parameters(new), check, tuple(notes))
         return new
 
-    @staticmethod
-    def _baked(model, xs, kwargs, inplace):
-        "Fold a copy, or `model` itself, after its weights are made plain"
-        if not inplace: model = copied(model)
+    def _of(self, model, xs, kwargs): return _Fold(model, xs, kwargs, [*SIDES][:2 + self.through_relu])
+
+    @property
+    def _prepares(self): return self.bake or self.reparameterize
+
+    def _prepare(self, model, xs, kwargs):
+        "Make plain what `model` computes, and let it merge what it can: how to undo that, the BatchNorms that went, and what there is to say"
+        if self.reparameterize and not (xs or kwargs): raise ValueError("`reparameterize` holds every module that merges itself against the original: give an example, as in `fold(model, x)`")
         want = _on_example(run, model, (xs, kwargs)) if xs or kwargs else None
-        undo = bake(model)
+        undos,rows,notes = [],[],[]
+        def undo():
+            while undos: undos.pop()()
         try:
-            fold = _Fold(model, xs, kwargs)
-            if fold.example and (found := _difference(want, fold.out)).relative > fold.tolerance():
-                raise FoldError(f"the model's outputs differ by {found.largest:.3g} (relative {found.relative:.2g}) once its weights are plain: its code asks how they are computed. The original is as it was: fold it without `bake`")
-            return fold.run(inplace=True)
+            if self.bake: undos.append(bake(model))
+            if self.reparameterize:
+                back,rows,notes = merge(model, *_clone((xs, kwargs)))
+                undos.append(back)
+            if want is not None:
+                advice = "its code asks how they are computed. The original is as it was: fold it without `bake` and `reparameterize`"
+                try: found = _difference(want, run(model, *_clone((xs, kwargs))))
+                except Exception as e: raise FoldError(f"the model does not run any more ({type(e).__name__}: {e}) once its weights are plain and its modules merged: {advice}") from e
+                if found.relative > max(tolerance(t.dtype) for t in (*tensors_in(want), *model.parameters())):
+                    raise FoldError(f"the model's outputs differ by {found.largest:.3g} (relative {found.relative:.2g}) once its weights are plain and its modules merged: {advice}")
         except BaseException:
             undo()
             raise
+        return undo, rows, notes
+
+    def _prepared(self, model, xs, kwargs, inplace):
+        "Prepare and fold a copy, or `model` itself"
+        if not inplace: model = copied(model)
+        undo,rows,notes = self._prepare(model, xs, kwargs)
+        try: new,plan,check = self._of(model, xs, kwargs).run(inplace=True)
+        except BaseException:
+            undo()
+            raise
+        return new, plan.after(rows), check, notes
 
     @staticmethod
     def _inputs(model, xs, kwargs):
@@ -169,12 +196,12 @@ def _difference(a, b):
 
 class _Fold:
     "One fold of one model"
-    def __init__(self, model, xs, kwargs):
-        self.model,self.example,self.keep = model,(xs, kwargs) if xs or kwargs else None,{}
+    def __init__(self, model, xs, kwargs, sides):
+        self.model,self.example,self.keep,self.sides = model,(xs, kwargs) if xs or kwargs else None,{},sides
         self.traced,self.recorded = trace_flow(model),None
         if self.example: self.recorded,self.out = _on_example(record_flow, model, self.example, _known)
 
-    def plan(self): return plan_folds(self.recorded, self.traced, self.keep) if self.example else plan_folds(self.traced, keep=self.keep)
+    def plan(self): return plan_folds(self.recorded or self.traced, self.traced if self.recorded else None, self.keep, self.sides)
 
     def weights(self):
         "A plan, and all the new weights that it needs"
@@ -215,7 +242,7 @@ class _Fold:
 
     def retrace(self, plan, folded):
         "The folded model's code must do what it did, but for the BatchNorms: it may have asked one for what an `nn.Identity` has not, or have held on to the original"
-        at = same_outline(self.traced, folded, {r.name for r in plan if r.folded})
+        at = same_outline(self.traced, folded, plan.gone)
         if not at: return
         raise FoldError(f"without its BatchNorms the model's code takes another way ({at}). The original is as it was: give an example, or fold the parts of the model that do not look at their BatchNorms")
 
