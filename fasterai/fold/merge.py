@@ -96,8 +96,9 @@ def merge(
     try:
         while found := _outermost(model, seen):
             seen |= found.keys()
-            with same_random_state(): new = {m: 'it has hooks' if any(map(hook_name, m.modules())) else _try(lambda: _merged(m, method(m))) for m in found}
-            why = {m: o for m,o in new.items() if isinstance(o, str)}
+            why = {m: 'it has hooks' for m in found if any(map(hook_name, m.modules()))}
+            with same_random_state(): new = {m: _try(lambda: _merged(m, method(m))) for m in found if m not in why}
+            why |= {m: o for m,o in new.items() if isinstance(o, str)}
             why |= _held_against(model, {m: o for m,o in new.items() if m not in why}, (args, kwargs))
             for m,name in found.items():
                 if why[m]: notes += [f'{naming(name)} stays as it is, for all its `{method(m)}`: {why[m]}']
