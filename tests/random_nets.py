@@ -1,4 +1,6 @@
 "Random networks, as source code: random wiring, sharing, in-place writes, views, slices, concatenations, ranks, groups, padding, several outputs."
+import re
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -34,7 +36,7 @@ class Builder:
         getattr(self, kind)(v, c, side)
 
     def img(self, v, c, side):
-        what = self.pick(['conv', 'conv', 'conv', 'bn', 'bn', 'bn', 'bn', 'act', 'pool', 'two', 'two', 'part', 'shape', 'move', 'flat', 'keep'])
+        what = self.pick(['conv', 'conv', 'conv', 'bn', 'bn', 'bn', 'bn', 'act', 'module', 'pre', 'pool', 'two', 'two', 'part', 'shape', 'move', 'flat', 'keep'])
         if what == 'conv':
             o, k = self.pick([2, 4, 4, 8]), self.pick([1, 1, 3])
             g, pad = 2 if c % 2 == 0 and self.chance(25) else 1, self.draw(2) if k == 3 or self.chance(10) else 0
@@ -45,6 +47,13 @@ class Builder:
             self.emit(f'self.{name}({v})', 'img', o, side - k + 1 + 2*pad)
         elif what == 'bn': self.emit(f"self.{self.layer('bn', f'nn.BatchNorm2d({c}, affine={self.chance(85)})')}({v})", 'img', c, side)
         elif what == 'act': self.emit(f"{self.pick(['torch.relu({v})', '{v}.relu_()', 'F.relu({v}, inplace=True)', 'torch.sigmoid({v})', '{v} * 2', 'self.drop({v})', 'F.dropout({v}, training=self.training)']).format(v=v)}", 'img', c, side)
+        elif what == 'module': self.emit(f"self.{self.layer('act', self.pick(['nn.ReLU()', 'nn.ReLU(inplace=True)', 'nn.ReLU6()', 'nn.Hardtanh(-.5, .8)']))}({v})", 'img', c, side)
+        elif what == 'pre': # normalised and activated first, then convolved
+            act, k = self.pick(['nn.ReLU()', 'nn.ReLU(inplace=True)', 'nn.ReLU6()', 'nn.Hardtanh(-.5, .8)']), 3 if side > 3 and self.chance(30) else 1
+            pad = self.draw(2) if k == 3 else 0
+            for layer, source in (('bn', f'nn.BatchNorm2d({c})'), ('act', act), ('conv', f'nn.Conv2d({c}, {c}, {k}, padding={pad})')):
+                self.emit(f'self.{self.layer(layer, source)}({v})', 'img', c, side - (k - 1 - 2*pad)*(layer == 'conv'))
+                v = [*self.vars][-1]
         elif what == 'pool':
             if side >= 4: self.emit(f"{self.pick(['F.avg_pool2d({v}, 2)', 'F.max_pool2d({v}, 2)', 'F.avg_pool2d({v}, 2, count_include_pad=False)']).format(v=v)}", 'img', c, side//2)
             else: self.emit(f"F.interpolate({v}, scale_factor=2, mode='{self.pick(['nearest', 'bilinear'])}')", 'img', c, side*2)
@@ -87,7 +96,8 @@ class Builder:
 
     def source(self):
         outs = [*self.vars][-1 - self.draw(3):] if self.chance(60) else [*self.vars][-1:]
-        if self.chance(10) and self.layers: self.lines.append(f"kept.append(self.{self.pick([*self.layers])}.weight.sum() if True else None)" if not any('affine=False' in s for s in self.layers.values()) else 'pass')
+        weighty = [n for n, s in self.layers.items() if not re.search('affine=False|ReLU|Hardtanh', s)]
+        if self.chance(10) and weighty: self.lines.append(f'kept.append(self.{self.pick(weighty)}.weight.sum())')
         layers = '\n'.join(f'        self.{n} = {s}' for n, s in self.layers.items())
         lines = '\n'.join(f'        {l}' for l in self.lines)
         return f"class Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n        self.drop = nn.Dropout()\n{layers}\n    def forward(self, x):\n        kept = []\n{lines}\n        return {', '.join(outs)}, kept\n"

@@ -17,7 +17,7 @@ def test_a_random_network_gives_the_same(data):
     source = random_network(lambda n: data.draw(st.integers(0, n-1)))
     note(source)
     torch.manual_seed(0)
-    model, bn = randomise(build(source)), BN_Folder()
+    model, bn = randomise(build(source)), BN_Folder(through_relu=data.draw(st.booleans()))
     before = snapshot(model)
     for example in ((), (x,)):
         new = bn.fold(model, *example)

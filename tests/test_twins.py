@@ -282,3 +282,20 @@ def test_what_is_empty_on_the_example():
         return m.bn(y[:1]).sum() + (y[1:]*2).sum()
     new, report = fold(net(forward, conv=conv(), bn=bn()), x[:1], inputs=[(x,), (x[:2],)])
     assert norms(new)
+
+
+def only_tensors(x): return x if type(x) is torch.Tensor else x.relu()
+def by_way_of(x): return only_tensors(x)
+def if_callable(x): return x.relu() if callable(x) else x
+@functools.singledispatch
+def by_kind(x): return x.relu()
+@by_kind.register(torch.Tensor)
+def _(x): return x
+def in_a_list(x): return [o if type(o) is torch.Tensor else o.relu() for o in [x]][0]
+
+@pytest.mark.parametrize('helper', [only_tensors, by_way_of, if_callable, by_kind, in_a_list])
+def test_a_helper_that_asks_for_the_type(helper):
+    "A stand-in would be taken for something else; with an example there is none"
+    model = net(lambda m, x: m.bn(helper(m.conv(x))), conv=conv(), bn=bn())
+    assert 'it asks `' in fold(model, x, example=False)[1]['bn'].why
+    assert fold(model, x)[1]['bn'].folded

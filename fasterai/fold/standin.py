@@ -10,7 +10,7 @@ import builtins,dis,functools,gc,inspect,math,operator,sys,threading,weakref
 from contextlib import ExitStack, contextmanager
 from itertools import product
 from math import prod
-from types import FunctionType
+from types import CodeType, FunctionType
 
 import torch
 from torch import Tensor, fx, nn
@@ -98,18 +98,38 @@ def phi(*ways):
 # %% ../../nbs/03_fold.standin.ipynb #831e1cfc
 _questions = {'type', 'callable', 'id', 'vars', 'eval', 'exec', 'is_grad_enabled', 'is_inference_mode_enabled', 'getrefcount'}
 
+_kinds = 'it asks `type`', 'it asks `callable`' # the same for every tensor
+
+def _codes(code):
+    "A function's code, and that of what is defined in it"
+    return [code, *(c for o in code.co_consts if isinstance(o, CodeType) for c in _codes(o))]
+
 @functools.lru_cache(None)
 def _question(cls, name='forward', asked=()):
     "What the code of a method, or of those that it calls, asks that can't be answered; '' if nothing"
     f = inspect.unwrap(getattr(cls, name, None)) if name not in asked else None
     if not isinstance(f, FunctionType) or (f.__module__ or '').startswith(('torch.nn.', 'fasterai.')): return ''
-    code = [*dis.get_instructions(f)]
-    for at,i in enumerate(code):
-        if i.opname in ('CHECK_EXC_MATCH', 'JUMP_IF_NOT_EXC_MATCH'): return 'it catches exceptions'
-        if i.opname == 'MATCH_CLASS': return 'it matches classes'
-        if i.opname == 'IS_OP' and not (code[at-1].opname == 'LOAD_CONST' and code[at-1].argval is None or code[at-2].opname.startswith('CALL')): return 'it compares with `is`'
-        if i.opname.startswith(('LOAD_GLOBAL', 'LOAD_ATTR', 'LOAD_METHOD')) and i.argval in _questions and (i.opname == 'LOAD_GLOBAL' or i.argval.startswith('is_')): return f'it asks `{i.argval}`'
-    return next(filter(None, (_question(cls, n, (*asked, name)) for n in f.__code__.co_names if isinstance(getattr(cls, n, None), FunctionType))), '')
+    for c in _codes(f.__code__):
+        code = [*dis.get_instructions(c)]
+        for at,i in enumerate(code):
+            if i.opname in ('CHECK_EXC_MATCH', 'JUMP_IF_NOT_EXC_MATCH'): return 'it catches exceptions'
+            if i.opname == 'MATCH_CLASS': return 'it matches classes'
+            if i.opname == 'IS_OP' and not (code[at-1].opname == 'LOAD_CONST' and code[at-1].argval is None or code[at-2].opname.startswith('CALL')): return 'it compares with `is`'
+            if i.opname.startswith(('LOAD_GLOBAL', 'LOAD_ATTR', 'LOAD_METHOD')) and i.argval in _questions and (i.opname == 'LOAD_GLOBAL' or i.argval.startswith('is_')): return f'it asks `{i.argval}`'
+    methods = (_question(cls, n, (*asked, name)) for n in f.__code__.co_names if isinstance(getattr(cls, n, None), FunctionType))
+    return next(filter(None, methods), '') or _asked_by_helpers(f)
+
+@functools.lru_cache(None)
+def _asked_by_helpers(f, depth=3):
+    "What the functions that `f` calls by name ask"
+    named = {n: f.__globals__.get(n) for c in _codes(f.__code__) for n in c.co_names} | inspect.getclosurevars(f).nonlocals
+    for helper in named.values() if depth else ():
+        g = inspect.unwrap(helper)
+        if not isinstance(g, FunctionType) or (g.__module__ or '').split('.')[0] in ('torch', 'fasterai'): continue
+        if hasattr(helper, 'registry'): return 'it asks `type`' # by `functools.singledispatch`
+        asks = next((i.argval for c in _codes(g.__code__) for i in dis.get_instructions(c) if i.opname == 'LOAD_GLOBAL' and i.argval in ('type', 'callable')), '')
+        if why := f'it asks `{asks}`' if asks else _asked_by_helpers(g, depth-1): return why
+    return ''
 
 def plain_batchnorm(
     m:nn.Module,
@@ -156,7 +176,7 @@ class _Tracer(fx.proxy.TracerBase):
     def ways(self, m, args, kwargs):
         "Every way through `m`"
         why = 'it has a `forward` of its own' if 'forward' in vars(m) else _question(type(m))
-        if why: raise Opaque(m, why)
+        if why: raise Opaque(m, why, choice=why not in _kinds)
         space = inspect.unwrap(type(m).forward).__globals__
         if 'len' not in space: space['len'] = self.patched.setdefault(id(space), (space, _len))[1]
         outs,choices = [],[]

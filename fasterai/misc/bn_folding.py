@@ -102,7 +102,7 @@ class BN_Folder:
         """What `fold` would do with each BatchNorm. Takes what `fold` takes, and raises the same errors for bad input."""
         model,xs = self._inputs(model, xs, kwargs)
         core,rows,notes = unwrapped(model),[],[]
-        if self._prepares: _,rows,notes = self._prepare(core := copied(core), xs, kwargs)
+        if self._prepares: _,_,rows,notes = self._prepare(core := copied(core), xs, kwargs)
         return Report(self._of(core, xs, kwargs).plan().after(rows), count_parameters(model), notes=tuple(notes))
 
     def fold(self,
@@ -132,7 +132,7 @@ class BN_Folder:
     def _prepares(self): return self.bake or self.reparameterize
 
     def _prepare(self, model, xs, kwargs):
-        "Make plain what `model` computes, and let it merge what it can: how to undo that, the BatchNorms that went, and what there is to say"
+        "Make plain what `model` computes, and let it merge what it can: how to undo that, what it gave before, the BatchNorms that went, and what there is to say"
         if self.reparameterize and not (xs or kwargs): raise ValueError("`reparameterize` holds every module that merges itself against the original: give an example, as in `fold(model, x)`")
         want = _on_example(run, model, (xs, kwargs)) if xs or kwargs else None
         undos,rows,notes = [],[],[]
@@ -152,13 +152,15 @@ class BN_Folder:
         except BaseException:
             undo()
             raise
-        return undo, rows, notes
+        return undo, want, rows, notes
 
     def _prepared(self, model, xs, kwargs, inplace):
         "Prepare and fold a copy, or `model` itself"
         if not inplace: model = copied(model)
-        undo,rows,notes = self._prepare(model, xs, kwargs)
-        try: new,plan,check = self._of(model, xs, kwargs).run(inplace=True)
+        undo,want,rows,notes = self._prepare(model, xs, kwargs)
+        try:
+            new,plan,check = self._of(model, xs, kwargs).run(inplace=True)
+            if check: check = _difference(want, run(new, *_clone((xs, kwargs))))
         except BaseException:
             undo()
             raise
