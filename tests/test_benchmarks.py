@@ -7,7 +7,7 @@ import pytest, torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent/'benchmarks'))
-import common, cost, coverage, fuzz, latency, limit, networks, numerics, old_fasterai, peers
+import beyond, common, cost, coverage, fuzz, latency, limit, networks, numerics, old_fasterai, peers
 from fasterai.misc.bn_folding import BN_Folder
 
 tiny = 'timm', 'test_resnet'
@@ -22,6 +22,12 @@ def test_coverage():
 def test_coverage_of_what_does_not_run():
     r = coverage.measure('timm', 'no_such_network')
     assert 'no_such_network' in r['unrun'] and 'not run' in next(coverage.summary({'a': r}))
+
+
+def test_beyond():
+    import time
+    r = beyond.measure('timm', 'test_byobnet', .01, time.perf_counter, 2)
+    assert all(r[s]['folded'] == 14 and r[s]['error'] < 1e-9 for s in beyond.switches) and '14/14' in beyond.table({'a': r}) and 'wrong: none' in beyond.table({'a': r})
 
 
 def test_networks(tmp_path, monkeypatch):
