@@ -1,4 +1,6 @@
 "Modules that merge themselves: believed only where they are right."
+import copy
+
 import pytest, timm, torch
 import torch.nn.functional as F
 from torch import nn
@@ -168,3 +170,62 @@ def test_networks(name):
     size = model.default_cfg['input_size'] if name.startswith('levit') else (3, 64, 64)
     new, report = merged(model, torch.randn(1, *size, dtype=torch.float64))
     assert not norms(new) and report.kept == 0 and any(r.merged for r in report) and not report.notes
+
+
+# What an attack found
+
+class Remembers(Rep):
+    "Keeps what it saw first"
+    def __init__(self): super().__init__(); self.seen = None
+    def forward(self, x):
+        if self.seen is None: self.seen = x.abs().mean().detach()
+        return super().forward(x)/self.seen
+    def fuse(self): self.one = self.merged(); del self.conv, self.bn
+class Number(Rep):
+    def forward(self, x): return super().forward(x).sum().item()
+    def fuse(self): self.bn = nn.Identity()
+class Swaps(Rep):
+    "Takes another of its methods for its `forward`"
+    def fuse(self): self.one = self.merged(); del self.conv, self.bn; self.drop = nn.Dropout(.5); self.forward = self.fast
+    def fast(self, x): return self.drop(self.one(x)) if self.training else self.one(x)
+class Recursive(Rep):
+    def forward(self, x, again=True): return self(x, False).relu() if again else super().forward(x)
+    def fuse(self): self.one = self.merged(); del self.conv, self.bn
+class Endless(Rep):
+    def fuse(self): return nn.Sequential(Swallow(self.merged()), nn.Identity())
+class Swallow(nn.Module):
+    def __init__(self, one): super().__init__(); self.one = one
+    def forward(self, x): return self.one(x)
+    def fuse(self): return nn.Sequential(Swallow(self.one), nn.Identity())
+class Property(Rep):
+    @property
+    def fuse(self): raise RuntimeError('not now')
+
+
+def test_nothing_is_left_of_the_run_on_the_example():
+    torch.manual_seed(0)
+    model = randomise(nn.Sequential(Remembers()))
+    folder = BN_Folder(reparameterize=True)
+    new = folder.fold(model, x)
+    assert folder.report['0.bn'].merged and model[0].seen is None and new[0].seen is None
+    assert difference(run(model, (5*x,), {}), run(new, (5*x,), {})).relative < 1e-12
+
+
+def test_what_gives_no_tensor_is_not_believed():
+    folder = BN_Folder(reparameterize=True)
+    model = randomise(nn.Sequential(Number()))
+    assert folder.fold(model, x)(x) == pytest.approx(model(x), 1e-12) and 'no tensor to compare' in folder.report.notes[0]
+
+
+def test_a_forward_that_is_swapped_belongs_to_the_new_one():
+    torch.manual_seed(0)
+    new = merged(randomise(nn.Sequential(Swaps())), x)[0]
+    again = copy.deepcopy(new.train()).eval()
+    assert again[0].forward.__self__ is again[0] and torch.equal(again(x), new.eval()(x))
+
+
+@pytest.mark.parametrize('kind', [Recursive, Endless, Property], ids=lambda k: k.__name__)
+def test_odd_ones(kind):
+    torch.manual_seed(0)
+    new, report = merged(randomise(nn.Sequential(kind())), x)
+    assert report.kept == 0 and bool(report['0.bn'].merged) == (kind is not Property)

@@ -170,3 +170,82 @@ def test_densenet(example):
     folder = BN_Folder(through_relu=True)
     new = folder.fold(model, *([image] if example else []))
     assert [r.name for r in folder.report if not r.folded] == ['features.norm5'] and difference(run(model, (image,), {}), run(new, (image,), {})).relative < 1e-12
+
+
+# What an attack found
+
+def test_a_batchnorm_of_several_ranks():
+    model = net(lambda m, x: m.fc(m.act(m.bn(x)).movedim(1, -1)), bn=nn.BatchNorm1d(4), act=nn.ReLU(), fc=nn.Linear(4, 3))
+    new = BN_Folder(through_relu=True).fold(model, torch.randn(2, 4, 5, dtype=torch.float64))
+    for size in ((2, 4, 5), (4, 4), (1, 4), (3, 4)):
+        y = torch.randn(size, dtype=torch.float64)
+        assert difference(run(model, (y,), {}), run(new, (y,), {})).relative < 1e-13
+
+
+class Block(nn.Module):
+    def __init__(self, act): super().__init__(); self.bn, self.act, self.fc = nn.BatchNorm1d(4), act, nn.Linear(4, 4)
+    def forward(self, x): return self.fc(self.act(self.bn(x)))
+
+@pytest.mark.parametrize('forward', [lambda m, x: m.act(m.block(x)) if int(x.mean() > 0) else m.block(x), lambda m, x: [m.block(y) if i == 0 else m.act(y) for i, y in enumerate(x.chunk(len(x)))][-1]])
+def test_an_activation_that_is_called_where_nobody_can_follow(forward):
+    act = nn.ReLU()
+    model = net(forward, block=Block(act), act=act)
+    data = torch.randn(1, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64), -torch.rand(2, 4, dtype=torch.float64)
+    for example in data:
+        new = BN_Folder(through_relu=True).fold(model, example)
+        for y in data: assert difference(run(model, (y,), {}), run(new, (y,), {})).relative < 1e-13
+
+
+@examples
+@pytest.mark.parametrize('dtype, gamma, beta', [(torch.float64, 1e-307, -.3), (torch.float32, 1e-38, -.3), (torch.bfloat16, 1e-38, -.3), (torch.float16, 2e-6, -.1), (torch.float16, 1e-5, -.6)])
+def test_a_scale_that_the_weights_can_not_hold(dtype, gamma, beta, example):
+    "The bound would be there, and the weight that makes up for it would be zero"
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 4, 1)).eval().to(dtype)
+    with torch.no_grad(): model[0].weight.fill_(gamma); model[0].bias.fill_(beta); model[0].weight[0] = 1
+    y = torch.randn(2, 64, 3, 3).to(dtype)
+    folder = BN_Folder(through_relu=True)
+    new = folder.fold(model, *([y] if example else []))
+    assert difference(run(model.double(), (y.double(),), {}), run(new, (y,), {})).relative < 1e-2 and 'would not fit its dtype' in folder.report['0'].why
+
+
+def test_a_bound_beyond_half_precision():
+    "An ordinary dead channel, in float32"
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1)).eval()
+    with torch.no_grad(): model[0].weight[0] = 1e-6; model[0].bias[0] = -.1
+    y = torch.randn(2, 4, 3, 3)
+    for example in ((), (y,)):
+        folder = BN_Folder(through_relu=True)
+        new = folder.fold(model, *example)
+        assert folder.report.kept == 0 and difference(run(model, (y,), {}), run(new, (y,), {})).relative < 1e-5
+
+
+def dense(inplace=True): return seeded(lambda: net(lambda m, x: m.c2(m.act(m.bn(torch.cat([m.c1(x), x], 1)))), c1=conv(), bn=bn(8), act=nn.ReLU(inplace=inplace), c2=conv(8)))
+
+@pytest.mark.parametrize('grad', [True, False])
+def test_in_place_and_what_comes_after(grad):
+    "Traced, scripted, exported, mapped, differentiated, whether gradients are on or off"
+    model = dense()
+    with torch.set_grad_enabled(grad):
+        new = through(model)[0]
+        assert new.bn.inplace and not through(dense(False))[0].bn.inplace
+        torch.jit.script(new.bn)(torch.cat([x, x], 1))
+        want = model(x)
+        for made in (torch.jit.trace(new, x), torch.export.export(new, (x,)).module()):
+            for again in (True, False):
+                with torch.set_grad_enabled(again): assert difference(want, made(x)).relative < 1e-13
+        assert difference(want, torch.vmap(new)(x[:, None]).flatten(0, 1)).relative < 1e-13
+    for m in (model, new): m(x).pow(2).sum().backward()
+    assert difference(model.c1.weight.grad, new.c1.weight.grad).relative < 1e-12
+
+
+def test_no_gradient_where_it_is_off():
+    def forward(m, x):
+        h = torch.cat([m.c1(x), x], 1)
+        with torch.no_grad(): h = m.act(m.bn(h))
+        return m.c2(h)
+    model = net(forward, c1=conv(), bn=bn(8), act=nn.ReLU(inplace=True), c2=conv(8))
+    for example in (False, True):
+        new = through(model, example)[0]
+        new(x).sum().backward()
+        assert new.c1.weight.grad is None

@@ -299,3 +299,18 @@ def test_a_helper_that_asks_for_the_type(helper):
     model = net(lambda m, x: m.bn(helper(m.conv(x))), conv=conv(), bn=bn())
     assert 'it asks `' in fold(model, x, example=False)[1]['bn'].why
     assert fold(model, x)[1]['bn'].folded
+
+
+@pytest.mark.parametrize('forward', [lambda m, x: m.block[0](m.block(x)) if int(x.shape[-1]) > 6 else m.block(x), lambda m, x: getattr(m.block, '0')(m.block(x)) if int(x.shape[-1]) > 6 else m.block(x)])
+def test_a_parent_that_reaches_past_its_child(forward):
+    "and that can't be followed: what it does for another input is not known"
+    model = net(forward, block=nn.Sequential(conv(), bn()))
+    assert 'may use `block.1` as well' in fold(model, x, inputs=[(torch.randn(2, 4, 8, 8).double(),)])[1]['block.1'].why
+    twin = net(lambda m, x: m.block(m.block(x)) if int(x.shape[-1]) > 6 else m.block(x), block=nn.Sequential(conv(), bn()))
+    assert fold(twin, x, inputs=[(torch.randn(2, 4, 8, 8).double(),)])[1]['block.1'].folded
+
+
+def test_a_forward_that_looks_at_its_layers_on_another_way():
+    "The example does not show it, the code does"
+    model = net(lambda m, x: m.bn(m.conv(x))*2 if x.shape[0] > 4 and isinstance(m.bn, nn.BatchNorm2d) else m.bn(m.conv(x)), conv=conv(), bn=bn())
+    with pytest.raises(FoldError, match='takes another way'): BN_Folder().fold(model, x)

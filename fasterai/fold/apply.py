@@ -9,13 +9,15 @@ __all__ = ['Unfit', 'new_weights', 'become', 'copied', 'folded_copy', 'fold_inpl
 import copy
 from collections import OrderedDict
 
+import torch
 from torch import Tensor, nn
 
-from .affine import batchnorm_affine, take, then
+from .affine import Affine, batchnorm_affine, take, then
 from .clamp import ChannelClamp, through_clamp
 from .flow import under
-from .layers import absorb, absorb_batchnorm
+from .layers import absorb, absorb_batchnorm, grouped
 from .plan import Plan
+from .scale import scale_affine
 
 # %% ../../nbs/07_fold.apply.ipynb #5c653ecd
 class Unfit(ArithmeticError):
@@ -25,30 +27,44 @@ class Unfit(ArithmeticError):
 def _inside(name, attr): return f'{name}.{attr}'.removeprefix('.')
 
 def _compose(plan, tensors):
-    "For each layer's weight: an `Absorb`, the affine before the layer, and the affine after it; for each BatchNorm that becomes a clamp: its bounds, and what they clamp"
-    sides,bounds = {},{}
+    "For each layer's weight: an `Absorb`, the affine before the layer, and the affine after it; for each BatchNorm that becomes a clamp: its bounds; and for each layer's input channel how large the bound is that holds it"
+    sides,bounds,reach = {},{},{}
     for row in plan:
         if not row.folded: continue
-        weight,bias,mean,var = (tensors.get(n) for n in row.stats)
-        f = batchnorm_affine(mean, var, weight, bias, row.eps)
+        if row.steps: f = scale_affine(row.steps, row.size, tensors)
+        else:
+            weight,bias,mean,var = (tensors.get(n) for n in row.stats)
+            f = batchnorm_affine(mean, var, weight, bias, row.eps)
         _,before,after = sides.get(row.stats[0], (None, None, None))
         if before: f = then(before, f)
         if after: f = then(f, after)
         if row.through:
             dtype = tensors[row.stats[2]].dtype
             lower,upper,f = through_clamp(f, *row.bounds, dtype)
-            bounds |= {_inside(row.name, n): b.to(dtype).view(-1, *[1]*(row.rank-2)) for n,b in (('lower', lower), ('upper', upper))}
+            bounds |= {_inside(row.name, n): b.to(dtype) for n,b in (('lower', lower), ('upper', upper))}
+            held = Affine(torch.where(lower.isfinite(), lower, torch.where(upper.isfinite(), upper, 0.)).abs(), torch.zeros_like(lower))
+            for a in row.absorbs: reach[a.weight] = reach.get(a.weight, 0.) + torch.where(a.index.to(held.scale.device) >= 0, take(held, a.index).scale, 0.)
         for a in row.absorbs:
             _,before,after = sides.get(a.weight, (None, None, None))
             g = take(f, a.index, a.shift)
             if a.before: before = then(g, before) if before else g
             else: after = then(after, g) if after else g
             sides[a.weight] = a,before,after
-    return sides, bounds
+    return sides, bounds, reach
 
 def _finite(*tensors):
     "Are all values finite? (A finite sum says so at once)"
     return all(t is None or t.is_meta or bool(t.sum().isfinite()) or bool(t.isfinite().all()) for t in tensors)
+
+def _precise(a, weight, new, before, after, reach):
+    "Is a channel, while its clamp holds it, off by no more than its shift may be rounded? (Not if its scale is so small that the new weight is subnormal, or gone)"
+    if new.is_meta: return True
+    largest = lambda w: grouped(a.op, w.abs(), a.groups).amax((1, 3)).flatten() # for each input channel
+    scaled = [absorb(a.op, weight.double(), None, a.groups, b, after)[0] for b in (before, None)]
+    reach,scale,shift,size = reach.to(new.device), before.scale.abs().to(new.device), before.shift.abs().to(new.device), largest(scaled[1])
+    off,double = largest(new.double() - scaled[0])*reach, torch.finfo(torch.float64)
+    lost = (scale*size < double.tiny/double.eps) & (reach*size > 0) # in float64 already
+    return bool((~lost & (off <= 4*torch.finfo(new.dtype).eps*size*shift)).all())
 
 def new_weights(
     model:nn.Module, # Read, not changed
@@ -57,7 +73,7 @@ def new_weights(
     "Every weight and bias that the plan rewrites"
     gone = {r.stats[0] for r in plan if r.folded}
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
-    sides,new = _compose(plan, tensors)
+    sides,new,reach = _compose(plan, tensors)
     for weight,(a,before,after) in sides.items():
         if weight in gone: continue
         w,b = tensors[weight], tensors.get(a.bias)
@@ -65,7 +81,7 @@ def new_weights(
             m = model.get_submodule(a.layer)
             w2,b2 = absorb_batchnorm(m.running_mean, m.running_var, w, b, m.eps, before, after)
         else: w2,b2 = absorb(a.op, w, b, a.groups, before, after)
-        if not _finite(w2, b2) and _finite(w, b): raise Unfit(a.layer)
+        if not _finite(w2, b2) and _finite(w, b) or weight in reach and not _precise(a, w, w2, before, after, reach[weight]): raise Unfit(a.layer)
         new[weight],new[a.bias or _inside(a.layer, 'bias')] = w2,b2
     return new
 

@@ -31,14 +31,12 @@ def through_clamp(
     return free(lower, -inf), free(upper, inf), Affine(torch.where(constant, 0., s), torch.where(constant, value, t))
 
 # %% ../../nbs/01_fold.clamp.ipynb #ec4eeeec
-_half = torch.finfo(torch.float16).max
-
 class ChannelClamp(nn.Module):
     "Clamps each channel of axis 1 between two bounds of its own"
     def __init__(self,
-        lower:Tensor, # `[C]`, `[C, 1]`, `[C, 1, 1]`...: one axis less than what is clamped; `-inf` where there is none
-        upper:Tensor, # Of the same shape; `inf` where there is none
-        inplace:bool=False, # Write into what it is given, where no gradient is asked for?
+        lower:Tensor, # `[C]`; `-inf` where there is none
+        upper:Tensor, # `[C]`; `inf` where there is none
+        inplace:bool=False, # Write into what it is given?
     ):
         super().__init__()
         self.inplace = inplace
@@ -57,19 +55,17 @@ class ChannelClamp(nn.Module):
 
     def _apply(self, *args, **kwargs):
         super()._apply(*args, **kwargs)
-        self._fits(self.lower.dtype)
+        if self.reach > torch.finfo(self.lower.dtype).max: raise ValueError(f'a clamp holds a channel at {self.reach:.3g}, which {self.lower.dtype} has not: fold the model after it is cast to {self.lower.dtype}, or fold it without `through_relu`')
         return self
-
-    def _fits(self, dtype):
-        if self.reach > torch.finfo(dtype).max: raise ValueError(f'a clamp holds a channel at {self.reach:.3g}, which {dtype} has not: fold the model after it is cast to {dtype}, or fold it without `through_relu`')
 
     def forward(self,
         x:Tensor, # `[N, C, ...]`, floating
     )->Tensor: # Of the same shape, dtype and memory format
-        if self.reach > _half and x.dtype != self.lower.dtype: self._fits(x.dtype)
-        y,write = x,self.inplace and not torch.is_grad_enabled() # there is no gradient of what is written over
-        for there,limit,bound in ((self.has_lower, torch.maximum, self.lower), (self.has_upper, torch.minimum, self.upper)):
-            if there: y = limit(y, bound.to(x.dtype), out=y) if write else limit(y, bound.to(x.dtype))
-        return x.clone() if y is x and not write else y
+        if self.reach > 65504. and x.dtype == torch.float16: raise ValueError('a clamp holds a channel at a number that float16 has not: fold the model after it is cast to float16, or fold it without `through_relu`')
+        channels = [-1] + [1]*(x.dim()-2)
+        lower,upper = self.lower.to(x.dtype).view(channels), self.upper.to(x.dtype).view(channels)
+        if not self.inplace or not torch.is_grad_enabled() and x.requires_grad or x.is_inference(): x = x.maximum(lower) # a new tensor
+        elif self.has_lower: x = x.clamp_min_(lower)
+        return x.clamp_max_(upper) if self.has_upper else x
 
     def extra_repr(self): return f'{len(self.lower)}, lower={self.has_lower}, upper={self.has_upper}'

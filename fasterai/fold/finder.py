@@ -20,7 +20,7 @@ from .bake import computing
 from .carry import CARRIERS, ORDERS, PARTS, Stop, Unknown, cross, nothing
 from .flow import Call, Value, mapped, naming, under
 from .layers import LAYERS, absorbs_before, in_channels, layer_call, out_channels
-from .standin import plain_batchnorm
+from .standin import plain_batchnorm, reached_into
 
 # %% ../../nbs/05_fold.finder.ipynb #81239764
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,12 @@ class Finder:
     def __init__(self, flow, symbolic=None):
         self.model,self.flow,self.folded,self.owners = flow.model,flow,set(),{}
         # what a module can reach that could not be followed; a recorded run followed it where it is in its place, but not where it is held besides
-        self.unknown = {n: at for n,at in (symbolic or flow).unknown.items() if symbolic is None or not under(n, at)}
+        reached = {at: reached_into(flow.modules[at]) for at in {*(symbolic or flow).unknown.values()}} if symbolic else {}
+        def inside(n, at): # is `n` in its place below `at`, and does `at` call what it is in and no more?
+            child,_,deeper = n[len(at):].removeprefix('.').partition('.')
+            return under(n, at) and not (deeper and child in reached[at])
+        self.unknown = {n: at for n,at in (symbolic or flow).unknown.items() if symbolic is None or not inside(n, at)}
+        self.beyond = (symbolic or flow).unknown # the same, wherever that is
         memory = {}
         for name,m in self.model.named_modules():
             for attr,p in m._parameters.items(): # two parameters in one memory have both of their owners
@@ -62,7 +67,8 @@ class Finder:
         return f'`{call.op}` in {naming(call.module)}' if call.module else f'`{call.op}`'
 
     def bn_of(self, call):
-        "The BatchNorm whose own call this is, or ''"
+        "The BatchNorm, or the module that scales, whose own call this is, or ''"
+        if call.op == 'scale': return call.module
         if call.op != 'batch_norm' or not call.module: return ''
         if call.args[3] is None: return call.module if isinstance(self.flow.modules[call.module], _BatchNorm) else ''
         return call.module if call.args[3].name.rpartition('.')[0] == call.module else ''
@@ -73,7 +79,7 @@ class Finder:
         call = v.call
         if call is None: raise Unknown('no layer comes before it')
         if call.op in LAYERS: return [(call, self.layer(call, label, False, shift))]
-        if call.op == 'batch_norm':
+        if call.op in ('batch_norm', 'scale'):
             name = self.bn_of(call)
             if name in self.folded: return [(call, None), *self.up(call.args[0], label, shift, call)]
             return [(call, self.batchnorm(call, label, False, shift))]
@@ -112,7 +118,7 @@ def reader(self:Finder, call, v, label):
     if call.inplace: raise Stop(f'{self.what(call)} writes in place')
     first = call.args[0] if call.args else None
     if call.op in LAYERS and v is first and v not in call.args[1:3]: return [(call, self.layer(call, label, True, True))]
-    if call.op == 'batch_norm' and v is first:
+    if call.op in ('batch_norm', 'scale') and v is first:
         if self.bn_of(call) in self.folded: return [(call, None), *self.down(call.outs[0], label)]
         return [(call, self.batchnorm(call, label, True, True))]
     carrier = CARRIERS.get(call.op)
@@ -166,7 +172,7 @@ def layer(self:Finder, call, label, before, shift):
 def batchnorm(self:Finder, call, label, before, shift):
     "The part of another BatchNorm in a fold"
     name = self.bn_of(call)
-    if not name or call.args[5] is not False: raise Stop(f'{self.what(call)} stands between')
+    if call.op == 'scale' or not name or call.args[5] is not False: raise Stop(f'{self.what(call)} stands between')
     if label.dim() < 2 or label.numel() != label.shape[1]: raise Stop(f'{naming(name)} normalises another axis')
     m = self.flow.modules[name]
     if label.numel() not in (1, m.num_features): raise Stop(f'{naming(name)} has {m.num_features} channels, not {label.numel()}')
@@ -269,7 +275,7 @@ def activation(self:Finder, calls, rest):
     if names or len(self.runs_of[name]) > len(calls): raise Stop(f'{naming(name)} is also called elsewhere')
     if rest not in ((), (name,)): raise Stop(f'{naming(rest[0])} stands between')
     if 'forward' in vars(self.flow.modules[name]): raise Stop(f'{naming(name)} has a `forward` of its own')
-    self.known(name)
+    if name in self.beyond: raise Unknown(f"{naming(self.beyond[name])} may call {naming(name)} as well, and can't be followed")
     return name
 
 # %% ../../nbs/05_fold.finder.ipynb #f61ac43c
@@ -278,12 +284,12 @@ def absorbers(self:Finder, calls, before, through=''):
     "All absorbers of all `calls` of a BatchNorm, on one side or behind the activation `through`, and every call on the way"
     found,ways = [],[]
     for call in calls:
-        x = call.args[0]
-        if x.shape is None: raise Unknown('its input may be [N, C] or [N, C, L]')
-        label = torch.arange(self.channels(call)).view([-1 if d == 1 else 1 for d in range(len(x.shape))])
+        if call.args[0].shape is None: raise Unknown('its input may be [N, C] or [N, C, L]')
+        label = self.label(call)
+        if before and call.inplace: raise Stop(f'{self.what(call)} writes in place')
         between = call.outs[0].readers if through else []
         y = self.runs_on[call.outs[0]].outs[0] if through else call.outs[0]
-        way = self.down(y, label) if before else self.up(x, label, True, call)
+        way = self.down(y, label) if before else self.up(call.args[0], label, True, call)
         if before and not through: self.nothing_written(call, [c for c,_ in way])
         found += [(c, a) for c,a in way if a is not None]
         ways.append([call, *between, *(c for c,_ in way)])
@@ -291,7 +297,10 @@ def absorbers(self:Finder, calls, before, through=''):
     return tuple({(a.weight, a.before): a for _,a in found}.values()), ways
 
 @patch
-def channels(self:Finder, call): return self.flow.params[call.args[3].name].shape[0]
+def label(self:Finder, call):
+    "The label of a BatchNorm's own channels, which are on axis 1, or of a scale's"
+    axis,size = call.args[3:] if call.op == 'scale' else (1, self.flow.params[call.args[3].name].shape[0])
+    return torch.arange(size).view([-1 if d == axis else 1 for d in range(len(call.args[0].shape))])
 
 @patch
 def agree(self:Finder, found):

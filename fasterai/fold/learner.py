@@ -41,13 +41,14 @@ def fold_bn(self:Learner,
     bake:bool=False, # First make computed weights plain, as `BN_Folder` does
     through_relu:bool=False, # Fold through `ReLU` modules too, as `BN_Folder` does
     reparameterize:bool=False, # First let modules merge their own branches, as `BN_Folder` does
+    scales:bool=False, # Fold LayerScales and their like too, as `BN_Folder` does
     show:bool=True, # Show the report?
     **kwargs, # More of the example, by name
 )->Learner: # With the same data, loss, metrics, splitter and callbacks; its `bn_report` says what became of each BatchNorm
     """A Learner with the BatchNorms of this one's model folded; this one stays as it is.
 
     Raises what `BN_Folder.fold` raises: `ValueError` for a model in training mode, or where there is no data to take an example from."""
-    folder = BN_Folder(bake, through_relu, reparameterize)
+    folder = BN_Folder(bake, through_relu, reparameterize, scales)
     model = folder.fold(self, *xs, **kwargs)
     new = copy.copy(self)
     new.model,new.opt,new.cbs,new.bn_report = model,None,L(),folder.report

@@ -9,13 +9,14 @@ __all__ = ['METHODS', 'method', 'merge']
 import inspect
 from collections.abc import Callable
 from contextlib import contextmanager
+from types import FunctionType, MethodType
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .apply import become, copied
-from .flow import hook_name, mapped, naming, same_random_state, under
+from .flow import hook_name, mapped, naming, same_random_state, under, untouched
 from .plan import Row
 from .verify import difference, run, tensors_in, tolerance
 
@@ -28,8 +29,8 @@ def method(
     "The method without arguments by which `m` merges its branches"
     if type(m).__module__.split('.')[0] == 'torch': return ''
     for name in METHODS:
-        f = getattr(m, name, None)
-        if inspect.ismethod(f) and all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in inspect.signature(f).parameters.values()): return name
+        f = getattr(type(m), name, None)
+        if isinstance(f, FunctionType) and all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in [*inspect.signature(f).parameters.values()][1:]): return name
     return ''
 
 @contextmanager
@@ -56,12 +57,13 @@ def _held_against(model, new, example):
     "What is wrong with each of the modules `new`, by the module that it stands for: '' if on the example it gives what that one gives"
     why,outs,handles = {},{},[]
     clone = lambda tree: mapped(tree, Tensor, torch.clone)
-    def before(m, args, kwargs): outs[m] = _try(lambda: new[m](*clone(args), **clone(kwargs)))
+    def before(m, args, kwargs):
+        with untouched(new[m]): outs.setdefault(m, []).append(_try(lambda: new[m](*clone(args), **clone(kwargs)))) # a block may call itself
     def after(m, args, kwargs, out):
-        made = outs.pop(m)
+        made = outs[m].pop()
         found = made if isinstance(made, str) else _try(lambda: difference(out, made).relative)
         limit = max((tolerance(t.dtype) for t in (*tensors_in(out), *m.parameters())), default=0.)
-        wrong = found if isinstance(found, str) else f'what it gives differs by {found:.2g}' if not found <= limit else ''
+        wrong = found if isinstance(found, str) else 'it gives no tensor to compare' if not tensors_in(out) else f'what it gives differs by {found:.2g}' if not found <= limit else ''
         why[m] = why.get(m) or wrong
     for m in new: handles += [m.register_forward_pre_hook(before, with_kwargs=True), m.register_forward_hook(after, with_kwargs=True)]
     try: run(model, *clone(example))
@@ -73,6 +75,8 @@ def _try(f):
     "What `f` gives, or the text of its error"
     try: return f()
     except Exception as e: return f'{type(e).__name__}: {e}'
+
+_rounds = 10 # one that gives another of its own kind could be asked for ever
 
 def _outermost(model, seen):
     "The modules, not seen yet, that have a method and are in no other such module"
@@ -94,7 +98,8 @@ def merge(
             object.__setattr__(m, '__class__', cls)
             object.__setattr__(m, '__dict__', attrs)
     try:
-        while found := _outermost(model, seen):
+        for _ in range(_rounds):
+            if not (found := _outermost(model, seen)): break
             seen |= found.keys()
             why = {m: 'it has hooks' for m in found if any(map(hook_name, m.modules()))}
             with same_random_state(): new = {m: _try(lambda: _merged(m, method(m))) for m in found if m not in why}
@@ -107,6 +112,8 @@ def merge(
                     rows += [Row(f'{name}.{n}'.strip('.'), merged=(name, how)) for n,o in m.named_modules() if isinstance(o, _BatchNorm) and n not in left]
                     steps.append((m, type(m), m.__dict__))
                     become(m, new[m])
+                    for k,v in vars(m).items(): # a method that it took from itself, as in `self.forward = self.forward_merged`
+                        if isinstance(v, MethodType) and v.__self__ is new[m]: m.__dict__[k] = MethodType(v.__func__, m)
     except BaseException:
         undo()
         raise

@@ -30,8 +30,9 @@ class Row:
     strided:bool=False # Might what follows it meet other strides than the BatchNorm gave?
     through:str='' # Name of the activation that it is folded through
     bounds:tuple=() # That activation's
-    rank:int=0 # Axes of what it clamps
-    alone:bool=False # Is what it clamps in memory of its own, and read by nobody else?
+    alone:bool=False # Does the activation write in place, and is what the clamp is given in memory of its own, and read by nobody else?
+    steps:tuple=() # What it does, if it is no BatchNorm but a module that scales
+    size:int=0 # That module's channels
     merged:tuple=() # Name of a module that merged itself with the BatchNorm in it, and the method by which it did
 
     @property
@@ -94,18 +95,27 @@ def rest(self:Finder, name, calls):
 def _stat_names(flow, call): return tuple(v and v.name for v in call.args[1:5])
 
 @patch
+def described(self:Finder, name, calls):
+    "A `Row` with what the affine is made of"
+    first = calls[0].args
+    if calls[0].op == 'scale': return Row(name, stats=tuple(v.name for v in first[1]), steps=tuple(first[2]), size=first[4])
+    if first[5] is not False: raise Stop('it has no running statistics and uses those of the batch')
+    stats = _stat_names(self.flow, calls[0])
+    if len({(_stat_names(self.flow, c), c.args[7]) for c in calls}) > 1: raise Stop('it is not always called in the same way')
+    if '' in stats: raise Stop('its statistics or its weight are computed' + (' (see `bake`)' if computing(self.flow.modules[name]) else ''))
+    return Row(name, stats=stats, eps=first[7])
+
+@patch
 def judge(self:Finder, name, calls, sides, confirm=None):
     "The `Row` of one BatchNorm"
     try:
-        if calls[0].args[5] is not False: raise Stop('it has no running statistics and uses those of the batch')
-        stats = _stat_names(self.flow, calls[0])
-        if len({(_stat_names(self.flow, c), c.args[7]) for c in calls}) > 1: raise Stop('it is not always called in the same way')
-        if '' in stats: raise Stop('its statistics or its weight are computed' + (' (see `bake`)' if computing(self.flow.modules[name]) else ''))
+        row = self.described(name, calls)
         self.known(name)
-        for n in filter(None, stats):
+        for n in filter(None, row.stats):
             other = next((r for r in self.flow.params[n].readers if r not in calls), None)
             if other or self.flow.params[n].outside: raise Stop(f'`{n}` is also read by {self.what(other) if other else self.flow.params[n].outside}')
-        row = self.best(Row(name, (), '', stats, calls[0].args[7], self.rest(name, calls)), calls, sides, confirm and confirm(name))
+        row = replace(row, rest=self.rest(name, calls))
+        row = self.best(row, calls, sides[:2] if row.steps else sides, confirm and confirm(name))
         if not row.through: self.folded.add(name)
         return row
     except Stop as e: return Row(name, why=str(e))
@@ -128,9 +138,8 @@ def beyond(self:Finder, row, calls):
     "`row` with the absorbers after the activation behind the BatchNorm, and the calls on the way"
     name = self.activation(calls, row.rest)
     absorbs,ways = self.absorbers(calls, True, name)
-    m,ranks = self.flow.modules[name], {len(c.args[0].shape) for c in calls}
-    if len(ranks) > 1: raise Stop('it is called with inputs of several ranks')
-    return replace(row, absorbs=absorbs, rest=(), through=name, bounds=CLAMPS[type(m)](m), rank=ranks.pop(), alone=all(map(self.alone, calls))), ways
+    m = self.flow.modules[name]
+    return replace(row, absorbs=absorbs, rest=(), through=name, bounds=CLAMPS[type(m)](m), alone=m.inplace and all(map(self.alone, calls))), ways
 
 SIDES = {'before it': Finder.ahead, 'after it': Finder.behind, 'through its activation': Finder.beyond}
 

@@ -34,7 +34,8 @@ class Report:
     def totals(self):
         "The summary, a line each"
         done = self.after is not None
-        yield f'{self.folded} of {len(self)} BatchNorms {"folded" if done else "can be folded"}, {self.kept} kept'
+        what = 'BatchNorms and scales' if any(r.steps for r in self) else 'BatchNorms'
+        yield f'{self.folded} of {len(self)} {what} {"folded" if done else "can be folded"}, {self.kept} kept'
         yield f'{self.before:,} parameters' + (f' became {self.after:,}: {self.before-self.after:,} fewer' if done else '')
         yield from self.notes
         if self.check: yield f'outputs on the example differ by {self.check.largest:.2g} at most (relative {self.check.relative:.2g})'

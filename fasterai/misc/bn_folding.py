@@ -22,6 +22,7 @@ from ..fold.merge import merge
 from ..fold.plan import SIDES, plan_folds
 from ..fold.record import record_flow
 from ..fold.report import Report
+from ..fold.scale import read_scales
 from ..fold.trace import same_outline, trace_flow
 from ..fold.verify import Difference, compare, count_parameters, difference, first_difference, run, tensors_in, to_double, tolerance
 
@@ -92,7 +93,8 @@ class BN_Folder:
         bake:bool=False, # First make plain the weights that parametrizations, `weight_norm`, `spectral_norm` and pruning compute in each forward
         through_relu:bool=False, # Fold through a `ReLU` module too: the two become one clamp with bounds for each channel
         reparameterize:bool=False, # First let the modules that know how to merge their own branches do so (`reparameterize`, `switch_to_deploy`, `fuse`), where an example shows that nothing changes
-    ): self.bake,self.through_relu,self.reparameterize = bake,through_relu,reparameterize
+        scales:bool=False, # Fold every other module that only multiplies and adds numbers of its own, one for each channel: a LayerScale, a normalisation of the input
+    ): self.bake,self.through_relu,self.reparameterize,self.scales = bake,through_relu,reparameterize,scales
 
     def plan(self,
         model:nn.Module, # Or a fastai `Learner`; in eval mode
@@ -126,7 +128,7 @@ class BN_Folder:
         self.report = Report(plan, before, count_parameters(new), check, tuple(notes))
         return new
 
-    def _of(self, model, xs, kwargs): return _Fold(model, xs, kwargs, [*SIDES][:2 + self.through_relu])
+    def _of(self, model, xs, kwargs): return _Fold(model, xs, kwargs, [*SIDES][:2 + self.through_relu], self.scales)
 
     @property
     def _prepares(self): return self.bake or self.reparameterize
@@ -135,20 +137,19 @@ class BN_Folder:
         "Make plain what `model` computes, and let it merge what it can: how to undo that, what it gave before, the BatchNorms that went, and what there is to say"
         if self.reparameterize and not (xs or kwargs): raise ValueError("`reparameterize` holds every module that merges itself against the original: give an example, as in `fold(model, x)`")
         want = _on_example(run, model, (xs, kwargs)) if xs or kwargs else None
-        undos,rows,notes = [],[],[]
+        undos,rows,notes,advice = [],[],[],"its code asks how they are computed. The original is as it was: fold it without `bake` and `reparameterize`"
         def undo():
             while undos: undos.pop()()
         try:
             if self.bake: undos.append(bake(model))
-            if self.reparameterize:
-                back,rows,notes = merge(model, *_clone((xs, kwargs)))
-                undos.append(back)
-            if want is not None:
-                advice = "its code asks how they are computed. The original is as it was: fold it without `bake` and `reparameterize`"
-                try: found = _difference(want, run(model, *_clone((xs, kwargs))))
-                except Exception as e: raise FoldError(f"the model does not run any more ({type(e).__name__}: {e}) once its weights are plain and its modules merged: {advice}") from e
-                if found.relative > max(tolerance(t.dtype) for t in (*tensors_in(want), *model.parameters())):
-                    raise FoldError(f"the model's outputs differ by {found.largest:.3g} (relative {found.relative:.2g}) once its weights are plain and its modules merged: {advice}")
+            try:
+                if self.reparameterize:
+                    back,rows,notes = merge(model, *_clone((xs, kwargs)))
+                    undos.append(back)
+                found = None if want is None else _difference(want, run(model, *_clone((xs, kwargs))))
+            except Exception as e: raise FoldError(f"the model does not run any more ({type(e).__name__}: {e}) once its weights are plain and its modules merged: {advice}") from e
+            if found and found.relative > max(tolerance(t.dtype) for t in (*tensors_in(want), *model.parameters())):
+                raise FoldError(f"the model's outputs differ by {found.largest:.3g} (relative {found.relative:.2g}) once its weights are plain and its modules merged: {advice}")
         except BaseException:
             undo()
             raise
@@ -198,10 +199,11 @@ def _difference(a, b):
 
 class _Fold:
     "One fold of one model"
-    def __init__(self, model, xs, kwargs, sides):
+    def __init__(self, model, xs, kwargs, sides, scales):
         self.model,self.example,self.keep,self.sides = model,(xs, kwargs) if xs or kwargs else None,{},sides
         self.traced,self.recorded = trace_flow(model),None
         if self.example: self.recorded,self.out = _on_example(record_flow, model, self.example, _known)
+        for flow in filter(None, (self.traced, self.recorded) if scales else ()): read_scales(flow)
 
     def plan(self): return plan_folds(self.recorded or self.traced, self.traced if self.recorded else None, self.keep, self.sides)
 
@@ -224,9 +226,8 @@ class _Fold:
         plan,new = self.weights()
         folded,undo = self.apply(plan, new, inplace)
         try:
-            if not self.example:
-                self.retrace(plan, folded)
-                return folded, plan, None
+            self.retrace(plan, folded)
+            if not self.example: return folded, plan, None
             try: found = _difference(self.out, run(folded, *_clone(self.example)))
             except Exception as e: found = e
             if isinstance(found, Difference) and found.relative <= self.tolerance(): return folded, plan, found
@@ -244,7 +245,7 @@ class _Fold:
 
     def retrace(self, plan, folded):
         "The folded model's code must do what it did, but for the BatchNorms: it may have asked one for what an `nn.Identity` has not, or have held on to the original"
-        at = same_outline(self.traced, folded, plan.gone)
+        at = same_outline(self.traced, folded, plan.gone, must_run=not self.example) # with an example, it is run
         if not at: return
         raise FoldError(f"without its BatchNorms the model's code takes another way ({at}). The original is as it was: give an example, or fold the parts of the model that do not look at their BatchNorms")
 

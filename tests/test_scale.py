@@ -1,0 +1,112 @@
+"Modules that scale and shift: folded as BatchNorms are, or kept, with an example and without."
+import pytest, timm, torch
+import torch.nn.functional as F
+from timm.layers import LayerScale, LayerScale2d
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from fasterai.fold.verify import difference, run
+from fasterai.misc.bn_folding import BN_Folder
+from helpers import assert_untouched, net, randomise, snapshot
+
+x = torch.randn(3, 4, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+examples = pytest.mark.parametrize('example', [False, True], ids=['symbolic', 'example'])
+def conv(i=4, o=4, k=1, **kw): return nn.Conv2d(i, o, k, **kw)
+def numbers(*size): return torch.rand(*size, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + .5
+
+class Scale(nn.Module):
+    "Does `f(self, x)` with tensors of its own"
+    def __init__(self, f, learned=True, **own):
+        super().__init__()
+        for n, t in own.items(): self.register_parameter(n, nn.Parameter(t)) if learned else self.register_buffer(n, t)
+        self.f = f
+    def forward(self, x): return self.f(self, x)
+def normalize(shape=(1, 4, 1, 1)): return Scale(lambda m, x: (x - m.mean)/m.std, False, mean=numbers(*shape), std=numbers(*shape))
+def scale2d(inplace=False): m = LayerScale2d(4, inplace=inplace); nn.init.uniform_(m.gamma, -1, 1); return m
+def scale(inplace=False): m = LayerScale(4, inplace=inplace); nn.init.uniform_(m.gamma, -1, 1); return m
+def hooked(m): m.register_forward_hook(lambda m, x, y: None); return m
+
+
+folds = dict(
+    layer_scale=lambda: net(lambda m, x: m.s(m.fc(x.flatten(2).transpose(1, 2))), fc=nn.Linear(4, 4), s=scale()),
+    layer_scale_2d=lambda: net(lambda m, x: x + m.s(m.c(x)), c=conv(k=3, padding=1), s=scale2d()),
+    in_place=lambda: net(lambda m, x: x + m.s(m.c(x)), c=conv(), s=scale2d(True)),
+    input_normalised=lambda: net(lambda m, x: m.c(m.s(x)), s=normalize(), c=conv(k=3)),
+    both_sides=lambda: net(lambda m, x: m.b(m.c(m.a(x))), a=normalize(), c=conv(), b=scale2d()),
+    one_number=lambda: net(lambda m, x: m.c(m.s(x).mean((2, 3))), s=Scale(lambda m, x: 3 - m.a*x + m.b, a=numbers(1), b=numbers(1)[0]), c=nn.Linear(4, 2)),
+    between_batchnorms=lambda: net(lambda m, x: m.b(m.s(m.a(m.c(x)))), c=conv(), a=nn.BatchNorm2d(4), s=scale2d(), b=nn.BatchNorm2d(4)),
+    called_twice=lambda: net(lambda m, x: m.s(m.c(m.s(m.c(x)))), c=conv(), s=scale2d()),
+    dropped_first=lambda: net(lambda m, x: m.s(m.drop(m.c(x))), c=conv(), drop=nn.Dropout(.5), s=scale2d()),
+)
+keeps = dict( # with a word of the reason, or `None` where it is not even seen as a scale
+    read_twice=(lambda: net(lambda m, x: m.s(y := m.c(x)) + y, c=conv(), s=scale2d()), 'is also read by `add`'),
+    padded=(lambda: net(lambda m, x: m.c(m.s(x)), s=normalize(), c=conv(k=3, padding=1)), 'pads with zeros'),
+    activation_between=(lambda: net(lambda m, x: m.s(m.c(x).relu()), c=conv(), s=scale2d()), 'stands between'),
+    in_place_before=(lambda: net(lambda m, x: m.c(m.s(x.relu())), s=scale2d(True), c=conv()), 'writes in place'),
+    weight_shared=(lambda: net(lambda m, x: m.s(m.c(x))*m.s.gamma.sum(), c=conv(), s=scale2d()), '`s.gamma` is also read by'),
+    hooked=(lambda: net(lambda m, x: m.s(m.c(x)), c=conv(), s=hooked(scale2d())), 'the hook'),
+    other_axis=(lambda: net(lambda m, x: m.s(m.c(x)), c=conv(), s=Scale(lambda m, x: x*m.g, g=numbers(6))), 'axis'),
+    computed=(lambda: net(lambda m, x: m.s(m.c(x)), c=conv(), s=Scale(lambda m, x: x*m.g.exp(), g=numbers(4, 1, 1))), None),
+    from_its_input=(lambda: net(lambda m, x: m.s(m.c(x)), c=conv(), s=Scale(lambda m, x: x*m.g*x, g=numbers(4, 1, 1))), None),
+    a_matrix=(lambda: net(lambda m, x: m.s(m.c(x)), c=conv(), s=Scale(lambda m, x: x*m.g, g=numbers(6, 6))), None),
+    divided_by_it=(lambda: net(lambda m, x: m.s(m.c(x)), c=conv(), s=Scale(lambda m, x: m.g/x, g=numbers(1))), None),
+    two_axes=(lambda: net(lambda m, x: m.s(m.c(x)), c=conv(), s=Scale(lambda m, x: x*m.g + m.b, g=numbers(4, 1, 1), b=numbers(6))), None),
+)
+
+
+rank_unknown = {'layer_scale', 'input_normalised', 'one_number', 'padded', 'in_place_before'} # without an example nothing is known of their input
+
+@examples
+@pytest.mark.parametrize('name', folds)
+def test_folds(name, example):
+    torch.manual_seed(0)
+    model = folds[name]()
+    if name in rank_unknown and not example: return unchanged(model)
+    before, want, folder = snapshot(model), run(model, (x,), {}), BN_Folder(scales=True)
+    new = folder.fold(model, *([x] if example else []))
+    assert_untouched(model, before)
+    assert folder.report.kept == 0 and any(r.steps for r in folder.report) and all(type(new.get_submodule(r.name)) is nn.Identity for r in folder.report)
+    assert 'BatchNorms and scales' in str(folder.report) and difference(want, run(new, (x,), {})).relative < 1e-13
+    plain = BN_Folder()
+    plain.fold(model, *([x] if example else []))
+    assert not any(r.steps for r in plain.report)
+    assert folder.fold(model, *([x] if example else []), inplace=True) is model and difference(want, run(model, (x,), {})).relative < 1e-13
+
+
+def unchanged(model):
+    folder = BN_Folder(scales=True)
+    new = folder.fold(model)
+    assert folder.report.folded == 0 and difference(run(model, (x,), {}), run(new, (x,), {})).relative == 0
+
+@examples
+@pytest.mark.parametrize('name', keeps)
+def test_keeps(name, example):
+    torch.manual_seed(0)
+    make, why = keeps[name]
+    model, folder = make(), BN_Folder(scales=True)
+    if name in rank_unknown and not example: return unchanged(model)
+    new = folder.fold(model, *([x] if example else []))
+    assert folder.report.folded == 0 and len(folder.report) == (why is not None) and type(new.s) is type(model.s)
+    if why: assert why in folder.report['s'].why
+    assert difference(run(model, (x,), {}), run(new, (x,), {})).relative < 1e-13
+
+
+@examples
+def test_vision_transformer(example):
+    torch.manual_seed(0)
+    model = randomise(VisionTransformer(img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2, init_values=1., num_classes=5))
+    for n, p in model.named_parameters():
+        if 'gamma' in n: nn.init.uniform_(p, -1, 1)
+    image, folder = torch.randn(2, 3, 16, 16, dtype=torch.float64), BN_Folder(scales=True)
+    new = folder.fold(model, *([image] if example else []))
+    assert folder.report.kept == 0 and folder.report.folded == (4 if example else 2) and difference(run(model, (image,), {}), run(new, (image,), {})).relative < 1e-13
+
+
+def test_all_switches():
+    "fastvit has blocks that merge themselves, LayerScales and BatchNorms"
+    torch.manual_seed(0)
+    model, image = randomise(timm.create_model('fastvit_t8', num_classes=3)), torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    folder = BN_Folder(through_relu=True, reparameterize=True, scales=True)
+    new = folder.fold(model, image)
+    assert folder.report.kept == 0 and any(r.steps for r in folder.report) and any(r.merged for r in folder.report)
+    assert difference(run(model, (image,), {}), run(new, (image,), {})).relative < 1e-12
