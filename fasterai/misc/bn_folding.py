@@ -199,7 +199,7 @@ def _difference(a, b):
 
 class _Fold:
     "One fold of one model"
-    def __init__(self, model, xs, kwargs, sides, scales):
+    def __init__(self, model, xs, kwargs, sides=('before it', 'after it'), scales=False):
         self.model,self.example,self.keep,self.sides = model,(xs, kwargs) if xs or kwargs else None,{},sides
         self.traced,self.recorded = trace_flow(model),None
         if self.example: self.recorded,self.out = _on_example(record_flow, model, self.example, _known)
