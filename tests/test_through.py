@@ -91,6 +91,15 @@ def test_keeps(make, why, example):
     assert report.kept == 1 and why in report['bn'].why and difference(run(model, (x,), {}), run(new, (x,), {})).relative < 1e-13
 
 
+@examples
+def test_into_a_batchnorm(example):
+    "One that stays, for the convolution behind it pads, takes in what comes through the ReLU"
+    model = both_signs(seeded(lambda: net(lambda m, x: m.conv(m.b(m.act(m.a(x)))), a=bn(), act=nn.ReLU(), b=bn(), conv=conv(k=3, padding=1))))
+    with torch.no_grad(): model.a.weight[3] = 1e-9
+    new, report = through(model, example)
+    assert report['a'].into == 'b' and not report['b'].folded and difference(run(model, (x,), {}), run(new, (x,), {})).relative < 1e-13
+
+
 def test_only_where_it_is_asked_for():
     model = folds['convolution']()
     folder = BN_Folder()

@@ -59,8 +59,10 @@ def _finite(*tensors):
 def _precise(a, weight, new, before, after, reach):
     "Is a channel, while its clamp holds it, off by no more than its shift may be rounded? (Not if its scale is so small that the new weight is subnormal, or gone)"
     if new.is_meta: return True
-    largest = lambda w: grouped(a.op, w.abs(), a.groups).amax((1, 3)).flatten() # for each input channel
-    scaled = [absorb(a.op, weight.double(), None, a.groups, b, after)[0] for b in (before, None)]
+    if a.op == 'batch_norm': largest,scaled = torch.abs, [f*weight.double()*(after.scale.to(weight.device) if after else 1.) for f in (before.scale.to(weight.device), 1.)]
+    else:
+        largest = lambda w: grouped(a.op, w.abs(), a.groups).amax((1, 3)).flatten() # for each input channel
+        scaled = [absorb(a.op, weight.double(), None, a.groups, f, after)[0] for f in (before, None)]
     reach,scale,shift,size = reach.to(new.device), before.scale.abs().to(new.device), before.shift.abs().to(new.device), largest(scaled[1])
     off,double = largest(new.double() - scaled[0])*reach, torch.finfo(torch.float64)
     lost = (scale*size < double.tiny/double.eps) & (reach*size > 0) # in float64 already
