@@ -258,3 +258,12 @@ def test_no_gradient_where_it_is_off():
         new = through(model, example)[0]
         new(x).sum().backward()
         assert new.c1.weight.grad is None
+
+
+def test_inference_mode():
+    model = dense()
+    new = through(model)[0]
+    with torch.inference_mode(): assert difference(model(x), new(x)).relative < 1e-13
+    with torch.inference_mode(): given = torch.cat([model.c1(x), x], 1)
+    with torch.no_grad(): assert new.bn(given) is not given # what was made in inference mode can't be written outside of it
+    assert difference(torch.compile(model, backend='eager')(x), torch.compile(new, backend='eager')(x)).relative < 1e-13

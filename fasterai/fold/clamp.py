@@ -64,7 +64,9 @@ class ChannelClamp(nn.Module):
         if self.reach > 65504. and x.dtype == torch.float16: raise ValueError('a clamp holds a channel at a number that float16 has not: fold the model after it is cast to float16, or fold it without `through_relu`')
         channels = [-1] + [1]*(x.dim()-2)
         lower,upper = self.lower.to(x.dtype).view(channels), self.upper.to(x.dtype).view(channels)
-        if not self.inplace or not torch.is_grad_enabled() and x.requires_grad or x.is_inference(): x = x.maximum(lower) # a new tensor
+        write = self.inplace and (torch.is_grad_enabled() or not x.requires_grad) # else what is written over would keep its gradient
+        if not torch.jit.is_scripting(): write = write and (torch.is_inference_mode_enabled() or not x.is_inference())
+        if not write: x = x.maximum(lower) # a new tensor
         elif self.has_lower: x = x.clamp_min_(lower)
         return x.clamp_max_(upper) if self.has_upper else x
 
