@@ -50,11 +50,13 @@ keeps = dict( # with a word of the reason, or `None` where it is not even seen a
     from_its_input=(lambda: net(lambda m, x: m.s(m.c(x)), c=conv(), s=Scale(lambda m, x: x*m.g*x, g=numbers(4, 1, 1))), None),
     a_matrix=(lambda: net(lambda m, x: m.s(m.c(x)), c=conv(), s=Scale(lambda m, x: x*m.g, g=numbers(6, 6))), None),
     divided_by_it=(lambda: net(lambda m, x: m.s(m.c(x)), c=conv(), s=Scale(lambda m, x: m.g/x, g=numbers(1))), None),
+    more_channels=(lambda: net(lambda m, x: m.c(m.s(m.grey(x))), grey=conv(o=1), s=normalize((1, 3, 1, 1)), c=conv(3)), None), # one channel becomes three
+    more_axes=(lambda: net(lambda m, x: m.s(m.c(x)), c=conv(), s=Scale(lambda m, x: x*m.g, g=numbers(1, 1, 1, 1, 1))), None),
     two_axes=(lambda: net(lambda m, x: m.s(m.c(x)), c=conv(), s=Scale(lambda m, x: x*m.g + m.b, g=numbers(4, 1, 1), b=numbers(6))), None),
 )
 
 
-rank_unknown = {'layer_scale', 'input_normalised', 'one_number', 'padded', 'in_place_before'} # without an example nothing is known of their input
+rank_unknown = {'layer_scale', 'other_axis', 'input_normalised', 'one_number', 'padded', 'in_place_before'} # without an example nothing is known of their input
 
 @examples
 @pytest.mark.parametrize('name', folds)

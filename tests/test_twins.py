@@ -314,3 +314,18 @@ def test_a_forward_that_looks_at_its_layers_on_another_way():
     "The example does not show it, the code does"
     model = net(lambda m, x: m.bn(m.conv(x))*2 if x.shape[0] > 4 and isinstance(m.bn, nn.BatchNorm2d) else m.bn(m.conv(x)), conv=conv(), bn=bn())
     with pytest.raises(FoldError, match='takes another way'): BN_Folder().fold(model, x)
+
+
+def train_it(m, x): m.bn.train(); return m.bn(m.conv(x))
+def train_it_and_back(m, x):
+    m.bn.training = True
+    y = m.bn(m.conv(x))
+    m.bn.training = False
+    return y
+
+@pytest.mark.parametrize('example', [False, True])
+@pytest.mark.parametrize('forward', [train_it, train_it_and_back])
+def test_a_batchnorm_that_forward_switches_to_training(forward, example):
+    "The mode counts in which it is called, not the one it is found in before and after"
+    model = net(forward, conv=conv(), bn=bn())
+    assert 'uses those of the batch' in fold(model, x, example=example)[1]['bn'].why

@@ -76,7 +76,8 @@ class _Recorder(TorchDispatchMode):
         if op in _decisions or op == 'index' and any(t.dtype in (torch.bool, torch.uint8) for t in values_in(args[1:], Tensor)): self.flow.branches.update(self.stack)
         written = self.written(func, args, kwargs)
         taken = self.values(args), self.values(kwargs)
-        for t in written: self.keep(t)
+        statistics = values_in(args[3:5], Tensor) if op.endswith('batch_norm') and args[5] is True else [] # which a training one writes, though its schema does not say so
+        for t in (*written, *statistics): self.keep(t)
         out = func(*args, **kwargs)
         for t in written: self.memory.at(t).clear()
         new = [self.result(t) for t in [*written, *values_in(out, Tensor)]]

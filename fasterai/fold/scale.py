@@ -57,14 +57,17 @@ def _steps(flow, entry, held):
         if x.outside: return None
         readers = x.readers
 
-def _axis(steps, rank, sizes):
-    "The axis along which the tensors of all `steps` vary, and its size; `(None, 1)` where each is one number; `None` where they differ"
+def _axis(steps, x, sizes):
+    "The axis of a value of shape `x` along which the tensors of all `steps` vary, and its size; `(None, 1)` where each is one number; `None` where they differ, or may give another shape than `x`"
     found = set()
     for _,o,shape in steps:
-        if not isinstance(o, str) or sizes[o] == 1: continue
-        axes = [d for d,n in enumerate(shape or ()) if n != 1]
-        if len(axes) != 1 or rank is None or len(shape) > rank: return None
-        found.add((rank - len(shape) + axes[0], sizes[o]))
+        if not isinstance(o, str) or shape == (): continue
+        if x is None or shape is None or len(shape) > len(x): return None
+        axes = [d for d,n in enumerate(shape) if n != 1]
+        if sizes[o] == 1: continue
+        at = len(x) - len(shape) + axes[0]
+        if len(axes) != 1 or x[at] != sizes[o]: return None
+        found.add((at, sizes[o]))
     return (found.pop() if found else (None, 1)) if len(found) < 2 else None
 
 def read_scales(
@@ -79,7 +82,7 @@ def read_scales(
         if not held or m._modules: continue
         found = [_steps(flow, e, held) for e in entries]
         if None in found: continue
-        axes = [_axis(steps, None if e.args[0].shape is None else len(e.args[0].shape), held) for e,(_,steps) in zip(entries, found)]
+        axes = [_axis(steps, e.args[0].shape, held) for e,(_,steps) in zip(entries, found)]
         if None in axes or len({str(steps) for _,steps in found}) > 1 or not any(isinstance(o, str) for _,o,_ in found[0][1]): continue
         for e,(calls,steps),(axis,size) in zip(entries, found, axes): _as_scale(flow, e, calls, [(what, o) for what,o,_ in steps], axis, size)
 

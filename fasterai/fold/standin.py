@@ -27,7 +27,7 @@ class Opaque(BaseException): # not an Exception: no `try` in a `forward` may swa
 class _Node:
     "One thing that was done to stand-ins. (PyTorch's own takes several times as long to make)"
     def __init__(self, name, op, target, args, kwargs, stack):
-        self.name,self.op,self.target,self.args,self.kwargs,self.stack,self.number,self.users = name,op,target,args,kwargs,stack,False,{}
+        self.name,self.op,self.target,self.args,self.kwargs,self.stack,self.number,self.training,self.users = name,op,target,args,kwargs,stack,False,False,{}
         self.inputs = values_in((args, kwargs), _Node)
         for n in self.inputs: n.users[self] = None
     def __repr__(self): return self.name
@@ -185,7 +185,9 @@ class _Tracer(fx.proxy.TracerBase):
         finally: self.stack.pop()
 
     def leaf(self, m, args, kwargs):
-        return self.create_proxy('call_module', self.names[m], args, kwargs)
+        out = self.create_proxy('call_module', self.names[m], args, kwargs)
+        out.node.training = m.training # now: the trace puts it back
+        return out
 
     def ways(self, m, args, kwargs):
         "Every way through `m`"

@@ -119,7 +119,7 @@ class _Graph:
         args,kwargs = mapped((node.args, node.kwargs), type(node), self.of.__getitem__)
         if node.op == 'placeholder': return Value()
         if node.op == 'get_attr': return self.flow.params[node.target] if node.target else Value()
-        if node.op == 'call_module': return self.module(node.target, args, kwargs, stack)
+        if node.op == 'call_module': return self.module(node.target, args, kwargs, stack, node.training)
         if node.op == 'output':
             for v in values_in(args): v.outside = f'the caller of {naming(stack[-1])}'
             return node
@@ -134,7 +134,7 @@ class _Graph:
     def held(self, m, *names):
         return [None if (t := getattr(m, n)) is None else self.flow.params[self.flow.names[t]] if t in self.flow.names else Value() for n in names]
 
-    def module(self, name, args, kwargs, stack):
+    def module(self, name, args, kwargs, stack, training):
         "The one operation of a module that is not looked into"
         m = self.flow.modules[name]
         if len(args) != 1 or kwargs or not isinstance(args[0], Value) or not (plain_batchnorm(m) or known_layer(m)): return self.call(type(m).__name__, args, kwargs, stack, opaque=True)
@@ -145,7 +145,7 @@ class _Graph:
         rank = 4 if isinstance(m, nn.BatchNorm2d) else 5 if isinstance(m, nn.BatchNorm3d) else 0
         if rank and args[0].shape is None: args[0].shape = (None, m.num_features) + (None,)*(rank-2)
         own = self.held(m, 'weight', 'bias', 'running_mean', 'running_var')
-        return self.call('batch_norm', (*args, *own, m.training or m.running_mean is None, m.momentum, m.eps), {}, stack)
+        return self.call('batch_norm', (*args, *own, training or m.running_mean is None, m.momentum, m.eps), {}, stack)
 
     def call(self, op, args, kwargs, stack, inplace=False, parts=0, opaque=False):
         outs = tuple(Value(None if parts or opaque else _shape_of(op, args, kwargs)) for _ in range(parts or 1))
