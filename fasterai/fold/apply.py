@@ -8,11 +8,13 @@ __all__ = ['Unfit', 'new_weights', 'become', 'copied', 'folded_copy', 'fold_inpl
 # %% ../../nbs/07_fold.apply.ipynb #3ad24c5c
 import copy
 from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 
-from .affine import Affine, batchnorm_affine, take, then
+from .affine import batchnorm_affine, take, then
 from .clamp import ChannelClamp, through_clamp
 from .flow import under
 from .layers import absorb, absorb_batchnorm, grouped
@@ -42,8 +44,10 @@ def _compose(plan, tensors):
             dtype = tensors[row.stats[2]].dtype
             lower,upper,f = through_clamp(f, *row.bounds, dtype)
             bounds |= {_inside(row.name, n): b.to(dtype) for n,b in (('lower', lower), ('upper', upper))}
-            held = Affine(torch.where(lower.isfinite(), lower, torch.where(upper.isfinite(), upper, 0.)).abs(), torch.zeros_like(lower))
-            for a in row.absorbs: reach[a.weight] = reach.get(a.weight, 0.) + torch.where(a.index.to(held.scale.device) >= 0, take(held, a.index).scale, 0.)
+            held = torch.where(lower.isfinite(), lower, torch.where(upper.isfinite(), upper, 0.)).abs()
+            for a in row.absorbs:
+                index = a.index.to(held.device)
+                reach[a.weight] = reach.get(a.weight, 0.) + torch.where(index >= 0, held[index.clamp(min=0)], 0.)
         for a in row.absorbs:
             _,before,after = sides.get(a.weight, (None, None, None))
             g = take(f, a.index, a.shift)
@@ -113,10 +117,14 @@ def _parameters(model, new):
 def become(
     m:nn.Module, # Changed, whoever holds it
     new:nn.Module, # What it is from now on
-):
+)->Callable: # Call it to put everything back
     "Turn `m` into `new`, keeping its identity as an object"
-    object.__setattr__(m, '__class__', type(new))
-    object.__setattr__(m, '__dict__', new.__dict__)
+    def be(cls, attrs):
+        object.__setattr__(m, '__class__', cls)
+        object.__setattr__(m, '__dict__', attrs)
+    was = type(m), m.__dict__
+    be(type(new), new.__dict__)
+    return lambda: be(*was)
 
 # %% ../../nbs/07_fold.apply.ipynb #81905d59
 def _gain_bias(layer, attr, bias):
@@ -160,23 +168,15 @@ def fold_inplace(
     model:nn.Module, # Changed, or left as it was if anything is raised
     plan:Plan,
     new:dict, # From `new_weights`
-)->callable: # Call it to put everything back
+)->Callable: # Call it to put everything back
     "Carry out the plan on `model` itself"
-    steps = []
-    def undo():
-        while steps: (step := steps.pop())[0](*step[1:])
-    try:
+    with ExitStack() as undo:
         for m,attr,t in [*_parameters(model, new)]:
             if (p := m._parameters[attr]) is not None:
-                steps.append((setattr, p, 'data', p.data))
+                undo.callback(setattr, p, 'data', p.data)
                 p.data = t
             else:
-                steps.append((m._parameters.__setitem__, attr, None))
+                undo.callback(m._parameters.__setitem__, attr, None)
                 _gain_bias(m, attr, t)
-        for m,made in _swaps(model, plan, new):
-            steps += [(object.__setattr__, m, '__class__', type(m)), (object.__setattr__, m, '__dict__', m.__dict__)]
-            become(m, made)
-    except BaseException:
-        undo()
-        raise
-    return undo
+        for m,made in _swaps(model, plan, new): undo.callback(become(m, made))
+        return undo.pop_all().close

@@ -48,17 +48,16 @@ class Finder:
             child,_,deeper = n[len(at):].removeprefix('.').partition('.')
             return under(n, at) and not (deeper and child in reached[at])
         self.unknown = {n: at for n,at in (symbolic or flow).unknown.items() if symbolic is None or not inside(n, at)}
-        self.beyond = (symbolic or flow).unknown # the same, wherever that is
+        self.unfollowed = (symbolic or flow).unknown # the same, wherever that is
         memory = {}
         for name,m in self.model.named_modules():
             for attr,p in m._parameters.items(): # two parameters in one memory have both of their owners
                 if p is not None: memory.setdefault((p.data_ptr(), p.device) if p.numel() and not p.is_meta else id(p), {})[name, attr] = flow.names[p]
         for held in memory.values(): self.owners |= {n: [*held] for n in held.values()}
-        self.calls_of,self.runs_of,self.children_of = {},{},{} # by module: its own calls, its runs, the runs of its children
+        self.calls_of,self.runs_of,self.children_of = {},flow.runs(),{} # by module: its own calls, its runs, the runs of its children
         self.runs_on = {e.args[0]: e for e in flow.entries if e.one and len(e.args) == 1 and type(self.flow.modules[e.name]) in CLAMPS}
         for c in flow.calls: self.calls_of.setdefault(c.module, []).append(c)
         for e in flow.entries:
-            self.runs_of.setdefault(e.name, []).append(e)
             if len(e.stack) > 1: self.children_of.setdefault(e.stack[-2], []).append(e)
 
     def what(self, call):
@@ -275,7 +274,7 @@ def activation(self:Finder, calls, rest):
     if names or len(self.runs_of[name]) > len(calls): raise Stop(f'{naming(name)} is also called elsewhere')
     if rest not in ((), (name,)): raise Stop(f'{naming(rest[0])} stands between')
     if 'forward' in vars(self.flow.modules[name]): raise Stop(f'{naming(name)} has a `forward` of its own')
-    if name in self.beyond: raise Unknown(f"{naming(self.beyond[name])} may call {naming(name)} as well, and can't be followed")
+    if name in self.unfollowed: raise Unknown(f"{naming(self.unfollowed[name])} may call {naming(name)} as well, and can't be followed")
     return name
 
 # %% ../../nbs/05_fold.finder.ipynb #f61ac43c

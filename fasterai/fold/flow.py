@@ -152,6 +152,21 @@ class Flow:
         self.calls.append(call)
         return call
 
+    def runs(self):
+        "The `Entry`s of each module, by its name"
+        runs = {}
+        for e in self.entries: runs.setdefault(e.name, []).append(e)
+        return runs
+
+    def put(self, call, calls):
+        "Put `call`, which makes what the last of `calls` made, in their place"
+        out = call.outs[0]
+        self.calls[self.calls.index(out.call)] = call
+        self.calls = [c for c in self.calls if c not in calls]
+        for i,c in enumerate(self.calls): c.index = i
+        for v in dict.fromkeys(call.inputs): v.readers = [r for r in v.readers if r not in calls] + [call]
+        out.call = call
+
     def note_hooks(self):
         "Every hook reads what its module is given and what it gives"
         for e in self.entries:
@@ -203,9 +218,7 @@ def read_written_out(
     flow:Flow, # Changed: the calls of each module that turns out to be a BatchNorm become one
 ):
     "Read what multiplies and adds as a BatchNorm does as one `batch_norm`"
-    runs = {}
-    for e in flow.entries: runs.setdefault(e.name, []).append(e)
-    for name,entries in runs.items():
+    for name,entries in flow.runs().items():
         m = flow.modules[name]
         held = [getattr(m, n, None) for n in _stats]
         if isinstance(m, nn.modules.batchnorm._NormBase) or any(not isinstance(t, Tensor) or t not in flow.names or t.dim() != 1 for t in held): continue
@@ -213,17 +226,7 @@ def read_written_out(
         found = [_written_out(flow, name, e, own) for e in entries]
         shapes = [e.args[0].shape for e in entries if e.args]
         if None in found or None in shapes or not all(len(s) > 1 and _is_batchnorm(m, s) for s in shapes): continue
-        for e,calls in zip(entries, found): _as_batchnorm(flow, e, calls, own, getattr(m, 'eps', 0.))
-
-def _as_batchnorm(flow, entry, calls, own, eps):
-    "Put one `batch_norm` in the place of `calls`"
-    x,out = entry.args[0], calls[1].outs[0]
-    call = Call('batch_norm', (x, *own, False, 0., eps), {}, [out], entry.stack)
-    flow.calls[flow.calls.index(calls[1])] = call
-    flow.calls = [c for c in flow.calls if c not in calls]
-    for i,c in enumerate(flow.calls): c.index = i
-    for v in (x, *own): v.readers = [r for r in v.readers if r not in calls] + [call]
-    out.call = call
+        for e,calls in zip(entries, found): flow.put(Call('batch_norm', (e.args[0], *own, False, 0., getattr(m, 'eps', 0.)), {}, calls[1].outs, e.stack), calls)
 
 # %% ../../nbs/02_fold.flow.ipynb #5244b878
 def _content(o):

@@ -8,17 +8,17 @@ __all__ = ['METHODS', 'method', 'merge']
 # %% ../../nbs/09_fold.merge.ipynb #53554c85
 import inspect
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FunctionType, MethodType
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .apply import become, copied
-from .flow import hook_name, mapped, naming, same_random_state, under, untouched
+from .flow import hook_name, naming, same_random_state, under, untouched
 from .plan import Row
-from .verify import difference, run, tensors_in, tolerance
+from .verify import cloned, difference, tolerance_for, run, tensors_in
 
 # %% ../../nbs/09_fold.merge.ipynb #bd6e39f5
 METHODS = 'reparameterize', 'switch_to_deploy', 'fuse' # in this order
@@ -56,17 +56,16 @@ def _merged(m, name):
 def _held_against(model, new, example):
     "What is wrong with each of the modules `new`, by the module that it stands for: '' if on the example it gives what that one gives"
     why,outs,handles = {},{},[]
-    clone = lambda tree: mapped(tree, Tensor, torch.clone)
     def before(m, args, kwargs):
-        with untouched(new[m]): outs.setdefault(m, []).append(_try(lambda: new[m](*clone(args), **clone(kwargs)))) # a block may call itself
+        with untouched(new[m]): outs.setdefault(m, []).append(_try(lambda: new[m](*cloned(args), **cloned(kwargs)))) # a block may call itself
     def after(m, args, kwargs, out):
         made = outs[m].pop()
         found = made if isinstance(made, str) else _try(lambda: difference(out, made).relative)
-        limit = max((tolerance(t.dtype) for t in (*tensors_in(out), *m.parameters())), default=0.)
+        limit = tolerance_for(out, m)
         wrong = found if isinstance(found, str) else 'it gives no tensor to compare' if not tensors_in(out) else f'what it gives differs by {found:.2g}' if not found <= limit else ''
         why[m] = why.get(m) or wrong
     for m in new: handles += [m.register_forward_pre_hook(before, with_kwargs=True), m.register_forward_hook(after, with_kwargs=True)]
-    try: run(model, *clone(example))
+    try: run(model, *cloned(example))
     finally:
         for h in handles: h.remove()
     return {m: why.get(m, 'it is not called on the example') for m in new}
@@ -91,13 +90,8 @@ def merge(
     kwargs:dict,
 )->tuple[Callable,list,list]: # Call it to put everything back; a `Row` for each BatchNorm that went; what did not merge, and why, as text
     "Let every module that knows how to merge its branches do so, where that changes nothing"
-    steps,rows,notes,seen = [],[],[],set()
-    def undo():
-        while steps:
-            m,cls,attrs = steps.pop()
-            object.__setattr__(m, '__class__', cls)
-            object.__setattr__(m, '__dict__', attrs)
-    try:
+    rows,notes,seen = [],[],set()
+    with ExitStack() as undo:
         for _ in range(_rounds):
             if not (found := _outermost(model, seen)): break
             seen |= found.keys()
@@ -110,11 +104,7 @@ def merge(
                 else:
                     how,left = method(m), {n for n,o in new[m].named_modules() if isinstance(o, _BatchNorm)}
                     rows += [Row(f'{name}.{n}'.strip('.'), merged=(name, how)) for n,o in m.named_modules() if isinstance(o, _BatchNorm) and n not in left]
-                    steps.append((m, type(m), m.__dict__))
-                    become(m, new[m])
+                    undo.callback(become(m, new[m]))
                     for k,v in vars(m).items(): # a method that it took from itself, as in `self.forward = self.forward_merged`
                         if isinstance(v, MethodType) and v.__self__ is new[m]: m.__dict__[k] = MethodType(v.__func__, m)
-    except BaseException:
-        undo()
-        raise
-    return undo, rows, notes
+        return undo.pop_all().close, rows, notes

@@ -74,9 +74,7 @@ def read_scales(
     flow:Flow, # Changed: the calls of each module that only scales and shifts become one
 ):
     "Read what multiplies and adds tensors of its own, for each channel, as one `scale`"
-    runs = {}
-    for e in flow.entries: runs.setdefault(e.name, []).append(e)
-    for name,entries in runs.items():
+    for name,entries in flow.runs().items():
         m = flow.modules[name]
         held = {flow.names[t]: t.numel() for t in (*m._parameters.values(), *m._buffers.values()) if isinstance(t, Tensor) and t.is_floating_point()}
         if not held or m._modules: continue
@@ -84,18 +82,9 @@ def read_scales(
         if None in found: continue
         axes = [_axis(steps, e.args[0].shape, held) for e,(_,steps) in zip(entries, found)]
         if None in axes or len({str(steps) for _,steps in found}) > 1 or not any(isinstance(o, str) for _,o,_ in found[0][1]): continue
-        for e,(calls,steps),(axis,size) in zip(entries, found, axes): _as_scale(flow, e, calls, [(what, o) for what,o,_ in steps], axis, size)
-
-def _as_scale(flow, entry, calls, steps, axis, size):
-    "Put one `scale` in the place of `calls`"
-    x,out = entry.args[0], entry.outs[0]
-    own = [flow.params[o] for _,o in steps if isinstance(o, str)]
-    call = Call('scale', (x, own, steps, axis, size), {}, [out], entry.stack, any(c.inplace for c in calls))
-    flow.calls[flow.calls.index(out.call)] = call
-    flow.calls = [c for c in flow.calls if c not in calls]
-    for i,c in enumerate(flow.calls): c.index = i
-    for v in (x, *own): v.readers = [r for r in v.readers if r not in calls] + [call]
-    out.call = call
+        for e,(calls,steps),(axis,size) in zip(entries, found, axes):
+            own,steps = [flow.params[o] for _,o,_ in steps if isinstance(o, str)], [(what, o) for what,o,_ in steps]
+            flow.put(Call('scale', (e.args[0], own, steps, axis, size), {}, e.outs, e.stack, any(c.inplace for c in calls)), calls)
 
 # %% ../../nbs/05_fold.scale.ipynb #344e62e2
 def scale_affine(

@@ -6,7 +6,7 @@
 __all__ = ['FoldError', 'unwrapped', 'learner_example', 'BN_Folder']
 
 # %% ../../nbs/10_misc.bn_folding.ipynb #101cbbd8
-import copy
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,12 @@ from ..fold.carry import CARRIERS
 from ..fold.flow import hook_name, naming, same_random_state
 from ..fold.layers import LAYERS
 from ..fold.merge import merge
-from ..fold.plan import SIDES, plan_folds
+from ..fold.plan import NEIGHBOURS, SIDES, plan_folds
 from ..fold.record import record_flow
 from ..fold.report import Report
 from ..fold.scale import read_scales
 from ..fold.trace import same_outline, trace_flow
-from ..fold.verify import Difference, compare, count_parameters, difference, first_difference, run, tensors_in, to_double, tolerance
+from ..fold.verify import Difference, cloned, compare, count_parameters, difference, first_difference, tolerance_for, run, tensors_in, to_double, tolerance
 
 # %% ../../nbs/10_misc.bn_folding.ipynb #dc2a18b2
 class FoldError(RuntimeError):
@@ -122,13 +122,13 @@ class BN_Folder:
         model,xs = self._inputs(model, xs, kwargs)
         core,before = unwrapped(model), count_parameters(model)
         if inplace and isinstance(model, DistributedDataParallel): raise ValueError("a DistributedDataParallel has registered its parameters with the other processes: fold `model.module`, then wrap it again")
-        if self._prepares: new,plan,check,notes = self._prepared(core, xs, kwargs, inplace)
+        if self._prepares: new,plan,check,notes = self._fold_prepared(core, xs, kwargs, inplace)
         else: (new,plan,check),notes = self._of(core, xs, kwargs).run(inplace),()
         if core is not model: new = model if inplace else copied(model, {id(core): new})
         self.report = Report(plan, before, count_parameters(new), check, tuple(notes))
         return new
 
-    def _of(self, model, xs, kwargs): return _Fold(model, xs, kwargs, [*SIDES][:2 + self.through_relu], self.scales)
+    def _of(self, model, xs, kwargs): return _Fold(model, xs, kwargs, tuple(SIDES) if self.through_relu else NEIGHBOURS, self.scales)
 
     @property
     def _prepares(self): return self.bake or self.reparameterize
@@ -137,34 +137,28 @@ class BN_Folder:
         "Make plain what `model` computes, and let it merge what it can: how to undo that, what it gave before, the BatchNorms that went, and what there is to say"
         if self.reparameterize and not (xs or kwargs): raise ValueError("`reparameterize` holds every module that merges itself against the original: give an example, as in `fold(model, x)`")
         want = _on_example(run, model, (xs, kwargs)) if xs or kwargs else None
-        undos,rows,notes,advice = [],[],[],"its code asks how they are computed. The original is as it was: fold it without `bake` and `reparameterize`"
-        def undo():
-            while undos: undos.pop()()
-        try:
-            if self.bake: undos.append(bake(model))
+        rows,notes,advice = [],[],"its code asks how they are computed. The original is as it was: fold it without `bake` and `reparameterize`"
+        with ExitStack() as undo:
+            if self.bake: undo.callback(bake(model))
             try:
                 if self.reparameterize:
-                    back,rows,notes = merge(model, *_clone((xs, kwargs)))
-                    undos.append(back)
-                found = None if want is None else _difference(want, run(model, *_clone((xs, kwargs))))
+                    back,rows,notes = merge(model, *cloned((xs, kwargs)))
+                    undo.callback(back)
+                found = None if want is None else _difference(want, run(model, *cloned((xs, kwargs))))
             except Exception as e: raise FoldError(f"the model does not run any more ({type(e).__name__}: {e}) once its weights are plain and its modules merged: {advice}") from e
-            if found and found.relative > max(tolerance(t.dtype) for t in (*tensors_in(want), *model.parameters())):
+            if found and found.relative > tolerance_for(want, model):
                 raise FoldError(f"the model's outputs differ by {found.largest:.3g} (relative {found.relative:.2g}) once its weights are plain and its modules merged: {advice}")
-        except BaseException:
-            undo()
-            raise
-        return undo, want, rows, notes
+            return undo.pop_all().close, want, rows, notes
 
-    def _prepared(self, model, xs, kwargs, inplace):
+    def _fold_prepared(self, model, xs, kwargs, inplace):
         "Prepare and fold a copy, or `model` itself"
         if not inplace: model = copied(model)
         undo,want,rows,notes = self._prepare(model, xs, kwargs)
-        try:
+        with ExitStack() as back:
+            back.callback(undo)
             new,plan,check = self._of(model, xs, kwargs).run(inplace=True)
-            if check: check = _difference(want, run(new, *_clone((xs, kwargs))))
-        except BaseException:
-            undo()
-            raise
+            if check: check = _difference(want, run(new, *cloned((xs, kwargs))))
+            back.pop_all()
         return new, plan.after(rows), check, notes
 
     @staticmethod
@@ -177,16 +171,9 @@ class BN_Folder:
         return model, xs
 
 # %% ../../nbs/10_misc.bn_folding.ipynb #6e61cd52
-def _clone(tree):
-    "A copy of the tensors in `tree`"
-    if isinstance(tree, Tensor): return tree.detach().clone()
-    if type(tree) is dict: return {k: _clone(v) for k,v in tree.items()}
-    if type(tree) in (list, tuple): return type(tree)(map(_clone, tree))
-    return copy.deepcopy(tree) if tensors_in(tree) else tree
-
 def _on_example(f, model, example, *more):
     "What `f` makes of `model` and a copy of the example"
-    try: return f(model, *_clone(example), *more)
+    try: return f(model, *cloned(example), *more)
     except Exception as e:
         shapes = [f'{[*t.shape]} {t.dtype} on {t.device}' for t in tensors_in(example)]
         raise ValueError(f"the model does not run on this example ({', '.join(shapes)}): {type(e).__name__}: {e}") from e
@@ -199,7 +186,7 @@ def _difference(a, b):
 
 class _Fold:
     "One fold of one model"
-    def __init__(self, model, xs, kwargs, sides=('before it', 'after it'), scales=False):
+    def __init__(self, model, xs, kwargs, sides=NEIGHBOURS, scales=False):
         self.model,self.example,self.keep,self.sides = model,(xs, kwargs) if xs or kwargs else None,{},sides
         self.traced,self.recorded = trace_flow(model),None
         if self.example: self.recorded,self.out = _on_example(record_flow, model, self.example, _known)
@@ -228,9 +215,9 @@ class _Fold:
         try:
             self.retrace(plan, folded)
             if not self.example: return folded, plan, None
-            try: found = _difference(self.out, run(folded, *_clone(self.example)))
+            try: found = _difference(self.out, run(folded, *cloned(self.example)))
             except Exception as e: found = e
-            if isinstance(found, Difference) and found.relative <= self.tolerance(): return folded, plan, found
+            if isinstance(found, Difference) and found.relative <= tolerance_for(self.out, self.model): return folded, plan, found
         except BaseException:
             undo()
             raise
@@ -249,16 +236,12 @@ class _Fold:
         if not at: return
         raise FoldError(f"without its BatchNorms the model's code takes another way ({at}). The original is as it was: give an example, or fold the parts of the model that do not look at their BatchNorms")
 
-    def tolerance(self):
-        "The difference that rounding alone explains, for the least precise dtype around"
-        return max(tolerance(t.dtype) for t in (*tensors_in(self.out), *self.model.parameters()))
-
     def confirm(self, plan, found):
         "Ask in float64, where rounding is no excuse"
-        (xs,kwargs),model = to_double(_clone(self.example)), copied(self.model).double()
+        (xs,kwargs),model = to_double(cloned(self.example)), copied(self.model).double()
         try:
             new = folded_copy(model, plan, new_weights(model, plan))
-            exact = _difference(run(model, *_clone((xs, kwargs))), run(new, *_clone((xs, kwargs))))
+            exact = _difference(run(model, *cloned((xs, kwargs))), run(new, *cloned((xs, kwargs))))
         except Exception: # no float64 on this device, or in this model
             if found.relative <= 1e-2: return
             exact = found
