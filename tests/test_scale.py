@@ -1,7 +1,7 @@
 "Modules that scale and shift: folded as BatchNorms are, or kept, with an example and without."
 import pytest, timm, torch
 import torch.nn.functional as F
-from timm.layers import LayerScale, LayerScale2d
+from timm.layers import LayerNorm2d, LayerScale, LayerScale2d
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -38,6 +38,30 @@ folds = dict(
     called_twice=lambda: net(lambda m, x: m.s(m.c(m.s(m.c(x)))), c=conv(), s=scale2d()),
     dropped_first=lambda: net(lambda m, x: m.s(m.drop(m.c(x))), c=conv(), drop=nn.Dropout(.5), s=scale2d()),
 )
+def tokens(x): return x.flatten(2).transpose(1, 2)
+norms = dict( # the normalisation stays, without its weight and bias
+    layer_norm=lambda: net(lambda m, x: m.fc(m.n(tokens(m.c(x)))), c=conv(), n=nn.LayerNorm(4), fc=nn.Linear(4, 3)),
+    layer_norm_2d=lambda: net(lambda m, x: m.b(m.n(m.c(x))), c=conv(), n=LayerNorm2d(4), b=conv()),
+    layer_norm_without_bias=lambda: net(lambda m, x: m.fc(m.n(tokens(m.c(x)))), c=conv(), n=nn.LayerNorm(4, bias=False), fc=nn.Linear(4, 3, bias=False)),
+    rms_norm=lambda: net(lambda m, x: m.fc(m.n(tokens(m.c(x)))), c=conv(), n=nn.RMSNorm(4), fc=nn.Linear(4, 3, bias=False)),
+    group_norm=lambda: net(lambda m, x: m.b(m.n(m.c(x))), c=conv(), n=nn.GroupNorm(2, 4), b=conv(k=3)),
+    instance_norm=lambda: net(lambda m, x: m.b(m.n(m.c(x)).mean((2, 3))), c=conv(), n=nn.InstanceNorm2d(4, affine=True), b=nn.Linear(4, 2)),
+    read_by_three=lambda: net(lambda m, x: m.q(y := m.n(tokens(m.c(x)))) + m.k(y) * m.v(y), c=conv(), n=nn.LayerNorm(4), q=nn.Linear(4, 3), k=nn.Linear(4, 3), v=nn.Linear(4, 3)),
+    called_twice=lambda: net(lambda m, x: m.fc(m.n(m.fc(m.n(tokens(m.c(x)))))), c=conv(), n=nn.LayerNorm(4), fc=nn.Linear(4, 4)),
+)
+norms_kept = dict(
+    padded=(lambda: net(lambda m, x: m.b(m.n(m.c(x))), c=conv(), n=nn.GroupNorm(2, 4), b=conv(k=3, padding=1)), 'after it: `b` pads with zeros'),
+    read_twice=(lambda: net(lambda m, x: m.b(y := m.n(m.c(x))) + y, c=conv(), n=nn.GroupNorm(2, 4), b=conv()), '`add` stands between'),
+    last=(lambda: net(lambda m, x: m.n(m.c(x)), c=conv(), n=nn.GroupNorm(2, 4)), 'the caller of the model'),
+    weight_read=(lambda: net(lambda m, x: m.b(m.n(m.c(x)))*m.n.weight.sum(), c=conv(), n=nn.GroupNorm(2, 4), b=conv()), '`n.weight` is also read by'),
+    hooked=(lambda: net(lambda m, x: m.b(m.n(m.c(x))), c=conv(), n=hooked(nn.GroupNorm(2, 4)), b=conv()), 'the hook'),
+    weight_needed=(lambda: net(lambda m, x: m.b(m.n(m.c(x))), c=conv(), n=Needing(2, 4), b=conv()), None), # its code fails without a weight
+    several_axes=(lambda: net(lambda m, x: m.fc(m.n(m.c(x))), c=conv(), n=nn.LayerNorm((6, 6)), fc=nn.Linear(6, 2)), None),
+    uses_the_batch=(lambda: net(lambda m, x: m.n(m.c(x)), c=conv(), n=nn.InstanceNorm2d(4)), None),
+)
+class Needing(nn.GroupNorm):
+    def forward(self, x): return super().forward(x.to(self.weight.dtype))
+
 keeps = dict( # with a word of the reason, or `None` where it is not even seen as a scale
     read_twice=(lambda: net(lambda m, x: m.s(y := m.c(x)) + y, c=conv(), s=scale2d()), 'is also read by `add`'),
     padded=(lambda: net(lambda m, x: m.c(m.s(x)), s=normalize(), c=conv(k=3, padding=1)), 'pads with zeros'),
@@ -94,6 +118,45 @@ def test_keeps(name, example):
 
 
 @examples
+@pytest.mark.parametrize('name', norms)
+def test_folds_what_a_normalisation_does_last(name, example):
+    torch.manual_seed(0)
+    model = norms[name]()
+    for p in model.parameters(): nn.init.uniform_(p, -1, 1)
+    before, want, folder = snapshot(model), run(model, (x,), {}), BN_Folder(scales=True)
+    new = folder.fold(model, *([x] if example else []))
+    assert_untouched(model, before)
+    assert folder.report.kept == 0 and len(folder.report) == 1 and type(new.n) is type(model.n)
+    assert new.n.weight is None and getattr(new.n, 'bias', None) is None and 'the normalisation stays' in str(folder.report)
+    assert [n for n, m in new.named_modules() if getattr(m, 'bias', None) is not None] == [n for n, m in model.named_modules() if getattr(m, 'bias', None) is not None and n != 'n'] # none is gained for a mere scale
+    assert difference(want, run(new, (x,), {})).relative < 1e-13
+    assert folder.fold(model, *([x] if example else []), inplace=True) is model and difference(want, run(model, (x,), {})).relative < 1e-13
+    model.load_state_dict(new.state_dict())
+
+@examples
+@pytest.mark.parametrize('name', norms_kept)
+def test_keeps_what_a_normalisation_does_last(name, example):
+    make, why = norms_kept[name]
+    model, folder = make(), BN_Folder(scales=True)
+    for p in model.parameters(): nn.init.uniform_(p, -1, 1)
+    new = folder.fold(model, *([x] if example else []))
+    assert [bool(why) and why in r.why for r in folder.report] == [True]*bool(why), folder.report
+    assert difference(run(model, (x,), {}), run(new, (x,), {})).relative == 0
+
+@examples
+@pytest.mark.parametrize('kind, size', [(nn.InstanceNorm1d, (5,)), (nn.InstanceNorm2d, (5, 6)), (nn.InstanceNorm3d, (3, 4, 5))])
+@pytest.mark.parametrize('affine', [False, True])
+def test_an_instance_norm_with_running_statistics_is_a_batchnorm(kind, size, affine, example):
+    torch.manual_seed(0)
+    layer = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(size)]
+    model, given = randomise(nn.Sequential(layer(4, 6, 3), kind(6, affine=affine, track_running_stats=True), nn.ReLU())), torch.randn(2, 4, *size, dtype=torch.float64)
+    folder = BN_Folder(scales=True)
+    new = folder.fold(model, *([given] if example else []))
+    assert folder.report.kept == 0 and type(new[1]) is nn.Identity and difference(run(model, (given,), {}), run(new, (given,), {})).relative < 1e-13
+    assert len(BN_Folder().plan(model, *([given] if example else []))) == 0
+
+
+@examples
 def test_vision_transformer(example):
     torch.manual_seed(0)
     model = randomise(VisionTransformer(img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2, init_values=1., num_classes=5))
@@ -101,7 +164,7 @@ def test_vision_transformer(example):
         if 'gamma' in n: nn.init.uniform_(p, -1, 1)
     image, folder = torch.randn(2, 3, 16, 16, dtype=torch.float64), BN_Folder(scales=True)
     new = folder.fold(model, *([image] if example else []))
-    assert folder.report.kept == 0 and folder.report.folded == (4 if example else 2) and difference(run(model, (image,), {}), run(new, (image,), {})).relative < 1e-13
+    assert folder.report.kept == 0 and folder.report.folded == (9 if example else 2) and difference(run(model, (image,), {}), run(new, (image,), {})).relative < 1e-13
 
 
 def test_all_switches():

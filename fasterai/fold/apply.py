@@ -19,7 +19,7 @@ from .clamp import ChannelClamp, through_clamp
 from .flow import under
 from .layers import absorb, absorb_batchnorm, grouped
 from .plan import Plan
-from .scale import scale_affine
+from .scale import bare, scale_affine
 
 # %% ../../nbs/07_fold.apply.ipynb #5c653ecd
 class Unfit(ArithmeticError):
@@ -28,8 +28,10 @@ class Unfit(ArithmeticError):
 
 def _inside(name, attr): return f'{name}.{attr}'.removeprefix('.')
 
+_none = None,None,None,False
+
 def _compose(plan, tensors):
-    "For each layer's weight: an `Absorb`, the affine before the layer, and the affine after it; for each BatchNorm that becomes a clamp: its bounds; and for each layer's input channel how large the bound is that holds it"
+    "For each layer's weight: an `Absorb`, the affine before the layer, the affine after it, and whether any of them shifts; for each BatchNorm that becomes a clamp: its bounds; and for each layer's input channel how large the bound is that holds it"
     sides,bounds,reach = {},{},{}
     for row in plan:
         if not row.folded: continue
@@ -37,7 +39,7 @@ def _compose(plan, tensors):
         else:
             weight,bias,mean,var = (tensors.get(n) for n in row.stats)
             f = batchnorm_affine(mean, var, weight, bias, row.eps)
-        _,before,after = sides.get(row.stats[0], (None, None, None))
+        _,before,after,_ = sides.get(row.stats[0], _none)
         if before: f = then(before, f)
         if after: f = then(f, after)
         if row.through:
@@ -49,11 +51,11 @@ def _compose(plan, tensors):
                 index = a.index.to(held.device)
                 reach[a.weight] = reach.get(a.weight, 0.) + torch.where(index >= 0, held[index.clamp(min=0)], 0.)
         for a in row.absorbs:
-            _,before,after = sides.get(a.weight, (None, None, None))
+            _,before,after,shifts = sides.get(a.weight, _none)
             g = take(f, a.index, a.shift)
             if a.before: before = then(g, before) if before else g
             else: after = then(after, g) if after else g
-            sides[a.weight] = a,before,after
+            sides[a.weight] = a, before, after, shifts or a.shift and row.shifts
     return sides, bounds, reach
 
 def _finite(*tensors):
@@ -80,7 +82,7 @@ def new_weights(
     gone = {r.stats[0] for r in plan if r.folded}
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     sides,new,reach = _compose(plan, tensors)
-    for weight,(a,before,after) in sides.items():
+    for weight,(a,before,after,shifts) in sides.items():
         if weight in gone: continue
         w,b = tensors[weight], tensors.get(a.bias)
         if a.op == 'batch_norm':
@@ -88,13 +90,15 @@ def new_weights(
             w2,b2 = absorb_batchnorm(m.running_mean, m.running_var, w, b, m.eps, before, after)
         else: w2,b2 = absorb(a.op, w, b, a.groups, before, after)
         if not _finite(w2, b2) and _finite(w, b) or weight in reach and not _precise(a, w, w2, before, after, reach[weight]): raise Unfit(a.layer)
-        new[weight],new[a.bias or _inside(a.layer, 'bias')] = w2,b2
+        new[weight] = w2
+        if a.bias or shifts: new[a.bias or _inside(a.layer, 'bias')] = b2
     return new
 
 # %% ../../nbs/07_fold.apply.ipynb #9d5a1c99
 def _replacement(bn, row, new):
     "What a folded BatchNorm becomes"
     kept = [(n.rpartition('.')[2], bn.get_submodule(n.rpartition('.')[2])) for n in row.rest]
+    if row.bare: return bare(bn, [n.rpartition('.')[2] for n in row.stats])
     if row.through: made = ChannelClamp(new[_inside(row.name, 'lower')], new[_inside(row.name, 'upper')], row.alone)
     else: made = nn.Sequential(OrderedDict(kept)) if kept else nn.Identity()
     made.training = bn.training
@@ -156,7 +160,7 @@ def folded_copy(
     memo,rewritten = {},{}
     for m,attr,t in _parameters(model, new):
         if (p := m._parameters[attr]) is not None: rewritten[id(t)] = memo[id(p)] = type(p)(t, requires_grad=p.requires_grad)
-    for m,made in [*_swaps(model, plan, new)]: memo[id(m)] = copy.deepcopy(made, memo) if made._modules else made
+    for m,made in [*_swaps(model, plan, new)]: memo[id(m)] = copy.deepcopy(made, memo) if made._modules or type(made) is type(m) else made
     out = copied(model, memo)
     for m,attr,t in _parameters(out, new):
         if m._parameters[attr] is None: _gain_bias(m, attr, t)

@@ -20,6 +20,7 @@ from .bake import computing
 from .carry import CARRIERS, ORDERS, PARTS, Stop, Unknown, cross, nothing
 from .flow import Call, Value, mapped, naming, under
 from .layers import LAYERS, absorbs_before, in_channels, layer_call, out_channels
+from .scale import NORMS
 from .standin import plain_batchnorm, reached_into
 
 # %% ../../nbs/05_fold.finder.ipynb #81239764
@@ -124,7 +125,7 @@ def reader(self:Finder, call, v, label):
     if carrier is None or carrier.down is None: raise Stop(f'{self.what(call)} stands between')
     return [(call, None)] + [a for o,l in cross(call, v, label, up=False) if not nothing(l) for a in self.down(o, l)]
 
-_fresh = {*LAYERS, 'batch_norm', 'cat', 'add', 'sub', 'mul', 'mean'} # their output is in memory of its own
+_fresh = {*LAYERS, *NORMS, 'batch_norm', 'cat', 'add', 'sub', 'mul', 'mean'} # their output is in memory of its own
 
 @patch
 def origin(self:Finder, v):

@@ -158,14 +158,16 @@ class Flow:
         for e in self.entries: runs.setdefault(e.name, []).append(e)
         return runs
 
-    def put(self, call, calls):
-        "Put `call`, which makes what the last of `calls` made, in their place"
-        out = call.outs[0]
-        self.calls[self.calls.index(out.call)] = call
+    def put(self, new, calls):
+        "Put the calls `new`, the last of which makes what the last of `calls` made, in their place"
+        at = self.calls.index(new[-1].outs[0].call)
+        self.calls[at:at+1] = new
         self.calls = [c for c in self.calls if c not in calls]
         for i,c in enumerate(self.calls): c.index = i
-        for v in dict.fromkeys(call.inputs): v.readers = [r for r in v.readers if r not in calls] + [call]
-        out.call = call
+        for v in dict.fromkeys(v for c in calls for v in c.inputs): v.readers = [r for r in v.readers if r not in calls]
+        for c in new:
+            for v in dict.fromkeys(c.inputs): v.readers.append(c)
+            for v in c.outs: v.call = c
 
     def note_hooks(self):
         "Every hook reads what its module is given and what it gives"
@@ -226,7 +228,7 @@ def read_written_out(
         found = [_written_out(flow, name, e, own) for e in entries]
         shapes = [e.args[0].shape for e in entries if e.args]
         if None in found or None in shapes or not all(len(s) > 1 and _is_batchnorm(m, s) for s in shapes): continue
-        for e,calls in zip(entries, found): flow.put(Call('batch_norm', (e.args[0], *own, False, 0., getattr(m, 'eps', 0.)), {}, calls[1].outs, e.stack), calls)
+        for e,calls in zip(entries, found): flow.put([Call('batch_norm', (e.args[0], *own, False, 0., getattr(m, 'eps', 0.)), {}, calls[1].outs, e.stack)], calls)
 
 # %% ../../nbs/02_fold.flow.ipynb #5244b878
 def _content(o):

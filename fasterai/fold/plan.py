@@ -33,10 +33,13 @@ class Row:
     alone:bool=False # Does the activation write in place, and is what the clamp is given in memory of its own, and read by nobody else?
     steps:tuple=() # What it does, if it is no BatchNorm but a module that scales
     size:int=0 # That module's channels
+    bare:bool=False # Does that module stay, without the weights that it scales with?
     merged:tuple=() # Name of a module that merged itself with the BatchNorm in it, and the method by which it did
 
     @property
     def folded(self): return not self.why
+    @property
+    def shifts(self): return not self.steps or any(what not in ('mul', 'div') for what,_ in self.steps)
     @property
     def into(self): return (self.merged[0] or "(the model)") if self.merged else ', '.join(dict.fromkeys(a.layer if a.weight == f'{a.layer}.weight' else a.weight for a in self.absorbs))
     @property
@@ -45,7 +48,7 @@ class Row:
         if self.merged: return f'merged by its own `{self.merged[1]}`'
         ops,side = dict.fromkeys(a.op for a in self.absorbs), 'after' if self.absorbs[0].before else 'before'
         n = len({a.layer for a in self.absorbs})
-        through,stay = f'through `{self.through}`: ' if self.through else '', f" ({', '.join(self.rest)} stay)" if self.rest else ''
+        through,stay = f'through `{self.through}`: ' if self.through else '', ' (the normalisation stays)' if self.bare else f" ({', '.join(self.rest)} stay)" if self.rest else ''
         return f"{through}{'' if n == 1 else f'{n} × '}{'/'.join(ops)}, {side} it{stay}"
 
 # %% ../../nbs/06_fold.plan.ipynb #0d529f40
@@ -67,7 +70,7 @@ class Plan:
     @property
     def gone(self):
         "Names of the modules that do not do any more what they did"
-        return {n for r in self if r.folded for n in ((r.name, r.through) if r.through else (r.name,))}
+        return {n for r in self if r.folded and not r.bare for n in ((r.name, r.through) if r.through else (r.name,))}
     def __getitem__(self, name): return next(r for r in self.rows if r.name == name)
 
 # %% ../../nbs/06_fold.plan.ipynb #bf66fe3f
@@ -98,7 +101,7 @@ def _stat_names(flow, call): return tuple(v and v.name for v in call.args[1:5])
 def described(self:Finder, name, calls):
     "A `Row` with what the affine is made of"
     first = calls[0].args
-    if calls[0].op == 'scale': return Row(name, stats=tuple(v.name for v in first[1]), steps=tuple(first[2]), size=first[4])
+    if calls[0].op == 'scale': return Row(name, stats=tuple(v.name for v in first[1]), steps=tuple(first[2]), size=first[4], bare=calls[0].kwargs.get('bare', False))
     if first[5] is not False: raise Stop('it has no running statistics and uses those of the batch')
     stats = _stat_names(self.flow, calls[0])
     if len({(_stat_names(self.flow, c), c.args[7]) for c in calls}) > 1: raise Stop('it is not always called in the same way')
@@ -114,8 +117,9 @@ def judge(self:Finder, name, calls, sides, confirm=None):
         for n in filter(None, row.stats):
             other = next((r for r in self.flow.params[n].readers if r not in calls), None)
             if other or self.flow.params[n].outside: raise Stop(f'`{n}` is also read by {self.what(other) if other else self.flow.params[n].outside}')
-        row = replace(row, rest=self.rest(name, calls))
-        row = self.best(row, calls, NEIGHBOURS if row.steps else sides, confirm and confirm(name))
+        if row.bare: sides = ('after it',)
+        else: row,sides = replace(row, rest=self.rest(name, calls)), NEIGHBOURS if row.steps else sides
+        row = self.best(row, calls, sides, confirm and confirm(name))
         if not row.through: self.folded.add(name)
         return row
     except Stop as e: return Row(name, why=str(e))
@@ -152,7 +156,7 @@ def best(self:Finder, row, calls, sides, confirm):
         try:
             new,ways = SIDES[side](self, row, calls)
             if confirm: new = confirm(new, ways)
-            strided = any(c.op in ORDERS | PARTS | {'view'} for way in ways for c in way)
+            strided = not row.bare and any(c.op in ORDERS | PARTS | {'view'} for way in ways for c in way)
             if strided and not confirm: raise Unknown('what follows it would meet a tensor with other strides')
             return replace(new, strided=strided)
         except Stop as e: whys[side] = e

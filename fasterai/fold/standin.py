@@ -152,7 +152,8 @@ def plain_batchnorm(
     return isinstance(m, _BatchNorm) and 'forward' not in vars(m) and type(m).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward) and type(m).__call__ is nn.Module.__call__
 
 def known_layer(m):
-    "Does `m` need no look inside? (For speed alone: a look inside would show the same)"
+    "Does `m` need no look inside? (For speed alone: a look inside would show the same; and an instance norm would ask whether it is given a batch)"
+    if type(m) in (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d): return vars(m).keys().isdisjoint(('forward', 'weight', 'bias'))
     if type(m) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear):
         return vars(m).keys().isdisjoint(('forward', 'weight', 'bias')) and getattr(m, 'padding_mode', 'zeros') == 'zeros' and m._parameters.get('weight') is not None
     return type(m) is nn.ReLU and 'forward' not in vars(m)

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
+from .carry import ORDERS, Stop, order
 from .flow import SHAPED_LIKE, Entry, Flow, Value, held_in, mapped, naming, read_written_out, values_in
 from .layers import LAYERS, layer_call, out_channels
 from .standin import INPLACE, METADATA, Opaque, known_layer, plain_batchnorm, trace_ways, variants
@@ -21,7 +23,7 @@ from .standin import INPLACE, METADATA, Opaque, known_layer, plain_batchnorm, tr
 # %% ../../nbs/04_fold.trace.ipynb #56663ae2
 _keep_shape = {'relu', 'relu6', 'leaky_relu', 'prelu', 'elu', 'selu', 'celu', 'gelu', 'silu', 'mish', 'sigmoid', 'tanh', 'hardtanh',
                'hardswish', 'hardsigmoid', 'softplus', 'dropout', 'dropout1d', 'dropout2d', 'dropout3d', 'alpha_dropout', 'contiguous',
-               'batch_norm', 'layer_norm', 'group_norm', 'clamp'}
+               'batch_norm', 'layer_norm', 'rms_norm', 'group_norm', 'instance_norm', 'clamp'}
 
 def _sizes(o): return tuple(i if isinstance(i, int) and i >= 0 else None for i in (o if isinstance(o, (tuple, list)) else [o]))
 
@@ -56,7 +58,7 @@ def _layer_shape(op, call):
 def _shape_of(op, args, kwargs):
     "What is known of the shape of what `op` gives; nothing, where it is called in an unusual way"
     try: return _usual_shape(op, args, kwargs)
-    except (TypeError, IndexError, AttributeError, KeyError, ValueError): return None
+    except (TypeError, IndexError, AttributeError, KeyError, ValueError, RuntimeError, Stop): return None
 
 def _usual_shape(op, args, kwargs):
     "What is known of the shape of what `op` gives: `None` for an unknown size, `None` in its stead for an unknown rank"
@@ -80,6 +82,7 @@ def _usual_shape(op, args, kwargs):
         keep = args[2] if len(args) > 2 else kwargs.get('keepdim', False)
         return tuple(1 if d in dims else n for d,n in enumerate(x.shape) if keep or d not in dims)
     if op in _keep_shape: return x.shape
+    if op in ORDERS: return tuple(x.shape[d] for d in order(op, args, kwargs, len(x.shape)))
     if 'pool' in op and op[-1:] == 'd':
         n = int(op[-2])
         size = (_sizes(args[1])*n)[:n] if op.startswith('adaptive') and len(args) == 2 else (None,)*n
@@ -89,9 +92,10 @@ def _usual_shape(op, args, kwargs):
 _aten = ('input', 'weight', 'bias', 'running_mean', 'running_var', 'training', 'momentum', 'eps')
 _functional = ('input', 'running_mean', 'running_var', 'weight', 'bias', 'training', 'momentum', 'eps')
 
-def _batch_norm(target, args, kwargs):
-    "The arguments of a batch norm in the order of PyTorch's own operation, which `F.batch_norm` has not"
-    given = dict(weight=None, bias=None, training=False, momentum=.1, eps=1e-5) | dict(zip(_functional if target is F.batch_norm else _aten, args)) | kwargs
+def _with_statistics(target, args, kwargs):
+    "The arguments of a batch or instance norm in the order of PyTorch's own operation, which the functions in `torch.nn.functional` have not"
+    given = dict.fromkeys(_aten) | dict(training=target is F.instance_norm, momentum=.1, eps=1e-5) | dict(zip(_functional if target in (F.batch_norm, F.instance_norm) else _aten, args))
+    given |= {'training' if n == 'use_input_stats' else n: o for n,o in kwargs.items()}
     return tuple(given[n] for n in _aten)
 
 def _op_name(target, args):
@@ -126,7 +130,7 @@ class _Graph:
         op,inplace = _op_name(node.target, args)
         if op in METADATA or not values_in((args, kwargs)): return node
         if op == 'getitem' and isinstance(args[0], (tuple, list)): return args[0][args[1]]
-        if op == 'batch_norm': args,kwargs = _batch_norm(node.target, args, kwargs), {}
+        if op in ('batch_norm', 'instance_norm'): args,kwargs = _with_statistics(node.target, args, kwargs), {}
         parts = [u.args[1] for u in node.users if u.op == 'call_function' and u.target is operator.getitem and isinstance(u.args[1], int)]
         n = max(parts, default=-1)+1 if op in ('chunk', 'split', 'unbind') and len(parts) == len(node.users) else 0
         return self.call(op, args, kwargs, stack, inplace or kwargs.get('inplace') is True or 'out' in kwargs, n)
@@ -138,6 +142,7 @@ class _Graph:
         "The one operation of a module that is not looked into"
         m = self.flow.modules[name]
         if len(args) != 1 or kwargs or not isinstance(args[0], Value) or not (plain_batchnorm(m) or known_layer(m)): return self.call(type(m).__name__, args, kwargs, stack, opaque=True)
+        if isinstance(m, _InstanceNorm): return self.call('instance_norm', (*args, *self.held(m, 'weight', 'bias', 'running_mean', 'running_var'), training or not m.track_running_stats, m.momentum, m.eps), {}, stack)
         if type(m) is nn.ReLU: return self.call('relu', args, {}, stack, m.inplace)
         if not isinstance(m, _BatchNorm):
             rest = (m.stride, m.padding, m.dilation, m.groups) if hasattr(m, 'stride') else ()

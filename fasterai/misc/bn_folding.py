@@ -22,7 +22,7 @@ from ..fold.merge import merge
 from ..fold.plan import NEIGHBOURS, SIDES, plan_folds
 from ..fold.record import record_flow
 from ..fold.report import Report
-from ..fold.scale import read_scales
+from ..fold.scale import NORMS, read_norms, read_scales
 from ..fold.trace import same_outline, trace_flow
 from ..fold.verify import Difference, cloned, compare, count_parameters, difference, first_difference, tolerance_for, run, tensors_in, to_double, tolerance
 
@@ -81,7 +81,7 @@ def learner_example(
     except Exception as e: raise ValueError(f"no example could be taken from this Learner's data ({type(e).__name__}: {e}): pass one, as in `fold(learn, x)`") from e
 
 # %% ../../nbs/10_misc.bn_folding.ipynb #426749c2
-_known = frozenset({*LAYERS, *CARRIERS, 'batch_norm'})
+_known = frozenset({*LAYERS, *CARRIERS, *NORMS, 'batch_norm'})
 
 class BN_Folder:
     """Folds the BatchNorms of a model into the layers beside them, wherever that is exact.
@@ -190,7 +190,9 @@ class _Fold:
         self.model,self.example,self.keep,self.sides = model,(xs, kwargs) if xs or kwargs else None,{},sides
         self.traced,self.recorded = trace_flow(model),None
         if self.example: self.recorded,self.out = _on_example(record_flow, model, self.example, _known)
-        for flow in filter(None, (self.traced, self.recorded) if scales else ()): read_scales(flow)
+        for flow in filter(None, (self.traced, self.recorded) if scales else ()):
+            read_norms(flow)
+            read_scales(flow)
 
     def plan(self): return plan_folds(self.recorded or self.traced, self.traced if self.recorded else None, self.keep, self.sides)
 
