@@ -1,4 +1,4 @@
-"""Thousands of random networks: none may give another output when it is folded, every second one through its ReLUs too.
+"""Thousands of random networks: none may give another output when it is folded, every second one through its ReLUs too, and every third one's layers merged.
 
     python benchmarks/fuzz.py --networks 5000"""
 import argparse, random, re, sys
@@ -20,15 +20,19 @@ def try_one(seed, x, more):
     rng, seen = random.Random(seed), Counter()
     source = random_network(rng.randrange)
     torch.manual_seed(seed)
-    model, bn = randomise(build(source), seed).double(), BN_Folder(through_relu=seed % 2 == 1)
+    model, bn = randomise(build(source), seed).double(), BN_Folder(through_relu=seed % 2 == 1, reparameterize=seed % 3 == 0, series=seed % 3 == 0)
+    try: want = [run(model, (i.clone(),), {}) for i in (x, more)]
+    except RuntimeError: return Counter({'does not run itself': 1}), '' # a write into what overlaps itself
     for kind, example in (('without an example', ()), ('with an example', (x,))):
         try: new = bn.fold(model, *example)
         except Exception as e: return seen + Counter(crashed=1), f'# {type(e).__name__}: {e}\n{source}'
         seen[f'{kind}: folded'] += bn.report.folded
         seen[f'{kind}: folded through a ReLU'] += sum(bool(r.through) for r in bn.report)
+        seen[f'{kind}: layers merged in series'] += sum(r.joins == 'in series' for r in bn.report)
+        seen[f'{kind}: layers and BatchNorms merged in parallel'] += sum(r.joins == 'in parallel' for r in bn.report)
         seen[f'{kind}: kept'] += bn.report.kept
         if example: seen.update('because ' + re.sub(r'`[^`]*`', '`…`', r.why) for r in bn.report if r.why)
-        if not all(difference(run(model, (i.clone(),), {}), run(new, (i.clone(),), {})).relative < 1e-9 for i in (x, more)): return seen + Counter(wrong=1), f'# {kind}\n{source}'
+        if not all(difference(w, run(new, (i.clone(),), {})).relative < 1e-9 for w, i in zip(want, (x, more))): return seen + Counter(wrong=1), f'# {kind}\n{source}'
     return seen, ''
 
 

@@ -36,7 +36,7 @@ class Builder:
         getattr(self, kind)(v, c, side)
 
     def img(self, v, c, side):
-        what = self.pick(['conv', 'conv', 'conv', 'bn', 'bn', 'bn', 'bn', 'act', 'module', 'pre', 'pool', 'two', 'two', 'part', 'shape', 'move', 'flat', 'keep'])
+        what = self.pick(['conv', 'conv', 'conv', 'bn', 'bn', 'bn', 'bn', 'act', 'module', 'pre', 'pool', 'two', 'two', 'part', 'shape', 'move', 'flat', 'keep', 'branches', 'series', 'ask'])
         if what == 'conv':
             o, k = self.pick([2, 4, 4, 8]), self.pick([1, 1, 3])
             g, pad = 2 if c % 2 == 0 and self.chance(25) else 1, self.draw(2) if k == 3 or self.chance(10) else 0
@@ -70,6 +70,12 @@ class Builder:
             if kind == 'mean': self.emit(f'{v}.mean((2, 3))', 'vec', c)
             elif kind == 'flatten' and c*side*side <= 512: self.emit(f'{v}.flatten(1)', 'vec', c*side*side)
             else: self.emit(f'{v}.flatten(2).transpose(1, 2)', 'seq', c, side*side)
+        elif what == 'branches': self.branches(v, c, side)
+        elif what == 'series':
+            o = self.pick([2, 4])
+            a, b = self.layer('conv', f'nn.Conv2d({c}, 4, {(k := self.pick([1, 3]))}, padding={k//2}, groups={2 if c % 2 == 0 and self.chance(30) else 1})') if side > 2 else None, self.layer('conv', f'nn.Conv2d(4, {o}, 1)')
+            if a: self.lines.append(f"{self.name('v')} = F.avg_pool2d(self.{a}({v}), 3, 1, 1, count_include_pad=False)"); self.emit(f'self.{b}(v{self.count})', 'img', o, side)
+        elif what == 'ask': self.emit(self.pick(['{v} * {v}.shape[1]', '{v} * ({v}.dim() + {v}.size(1))', '{v} + torch.ones_like({v})', '{v} + {v}']).format(v=v), 'img', c, side)
         elif what == 'keep' and self.chance(30): self.lines.append(f'kept.append({v})')
 
     def two(self, v, c, side):
@@ -77,6 +83,15 @@ class Builder:
         same = [n for n in others if self.vars[n][1] == c]
         if self.chance(35): n = self.pick(others); self.emit(f'torch.cat([{v}, {n}], 1)', 'img', c + self.vars[n][1], side)
         else: n = self.pick(same); self.emit(f"{self.pick(['{v} + {n}', '{v} - {n}', '{v}.add_({n})' if v != 'x' else '{v} + {n}', '{v} * {n}']).format(v=v, n=n)}", 'img', c, side)
+
+    def branches(self, v, c, side):
+        "Layers beside each other, and their sum"
+        branch = {3: "self.{}({v})".format(self.layer('conv', f'nn.Conv2d({c}, {c}, 3, padding=1, bias={self.chance(50)}, groups={self.pick([1, c])})'), v=v),
+                  1: "self.{}({v})".format(self.layer('conv', f'nn.Conv2d({c}, {c}, 1, padding={self.draw(2) if self.chance(10) else 0}, groups={self.pick([1, c])})'), v=v), 0: "self.{}({v})".format(self.layer('bn', f'nn.BatchNorm2d({c})'), v=v), 2: v}
+        terms = [branch[self.pick([3, 1, 0, 3, 1, 2])] for _ in range(2 + self.draw(2))]
+        if 'padding=1' in self.layers.get(branch[1][5:].split('(')[0], ''): terms = [t for t in terms if t != branch[1]] or [v]
+        if len(terms) > 1 and self.chance(30): terms = [f'{terms[0]}.add_({terms[1]})' if terms[0] != v else f'{terms[1]} + {v}', *terms[2:]]
+        self.emit(f'sum([{", ".join(terms)}])' if self.chance(20) else ' + '.join(terms), 'img', c, side)
 
     def vec(self, v, c, _):
         what = self.pick(['linear', 'linear', 'bn', 'bn', 'act', 'cat'])

@@ -17,10 +17,12 @@ def test_a_random_network_gives_the_same(data):
     source = random_network(lambda n: data.draw(st.integers(0, n-1)))
     note(source)
     torch.manual_seed(0)
-    model, bn = randomise(build(source)), BN_Folder(through_relu=data.draw(st.booleans()))
+    model, bn = randomise(build(source)), BN_Folder(**{switch: data.draw(st.booleans()) for switch in ('through_relu', 'reparameterize', 'series')})
+    try: want = [run(model, (args.clone(),), {}) for args in (x, more)]
+    except RuntimeError: return # it writes into what overlaps itself
     before = snapshot(model)
     for example in ((), (x,)):
         new = bn.fold(model, *example)
         assert_untouched(model, before)
-        for args in ((x,), (more,)): assert difference(run(model, (args[0].clone(),), {}), run(new, (args[0].clone(),), {})).relative < 1e-9
-        assert len(bn.report) == len(norms(model)) and sorted(norms(new)) == sorted(r.name for r in bn.report if r.why)
+        for args, out in zip((x, more), want): assert difference(out, run(new, (args.clone(),), {})).relative < 1e-9
+        assert sum(not r.is_layer for r in bn.report) == len(norms(model)) and sorted(norms(new)) == sorted(r.name for r in bn.report if r.why)

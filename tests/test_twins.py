@@ -89,6 +89,8 @@ keeps = dict( # no BatchNorm is folded, with an example or without; the reason n
     batchnorm_weight_read_elsewhere=(lambda: net(lambda m, x: m.bn(m.conv(x)) + m.bn.weight.sum(), conv=conv(), bn=bn()), '`bn.weight` is also read'),
     half_of_the_sum_has_no_layer=(lambda: net(lambda m, x: m.bn(m.conv(x) + x), conv=conv(), bn=bn()), ''),
     same_layer_on_both_sides_of_a_sum=(lambda: net(lambda m, x: m.bn((c := m.conv(x)) + c), conv=conv(), bn=bn()), ''),
+    half_read_after_the_other_is_written=(lambda: net(lambda m, x: ((a := (c := m.conv(x))[:, :2]), (b := c[:, 2:]), (y := m.bn(b)), a.relu_(), y + b)[-1], conv=conv(), bn=bn(2)), ''),
+    half_returned_after_the_other_is_written=(lambda: net(lambda m, x: ((a := (c := m.conv(x))[:, :2]), (b := c[:, 2:]), (y := m.bn(b)), a.relu_(), (y, b))[-1], conv=conv(), bn=bn(2)), ''),
     spread_over_the_channels=(lambda: net(lambda m, x: m.bn(m.a(x) + m.b(x)), a=conv(), b=conv(o=1), bn=bn()), 'spread over the channels'),
     counts_padded_zeros=(lambda: net(lambda m, x: m.bn(F.avg_pool2d(m.conv(x), 3, 1, 1)), conv=conv(), bn=bn()), 'padded zeros'),
     max_pool=(lambda: net(lambda m, x: m.bn(F.max_pool2d(m.conv(x), 2)), conv=conv(), bn=bn()), 'max_pool2d'),

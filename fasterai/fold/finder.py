@@ -135,10 +135,10 @@ def origin(self:Finder, v):
     return v if v.call is None else v.call if v.call.op in _fresh else None
 
 @patch
-def nothing_written(self:Finder, bn, calls):
-    "Nothing may write into the BatchNorm's input while it stands in for the output"
+def nothing_written(self:Finder, bn, last):
+    "Nothing may write into the input of the call `bn` until the call `last`, while it stands in for the output"
     mine = self.origin(bn.args[0])
-    for call in self.flow.calls[bn.index+1:max(c.index for c in calls)]:
+    for call in self.flow.calls[bn.index+1:last.index]:
         targets = [self.origin(v) for v in call.written]
         if (call.opaque or call.inplace) and (mine is None or not targets or any(not isinstance(t, Call) or t is mine for t in targets)):
             raise Stop(f'{self.what(call)} may write into its input before its output is read')
@@ -284,23 +284,36 @@ def absorbers(self:Finder, calls, before, through=''):
     "All absorbers of all `calls` of a BatchNorm, on one side or behind the activation `through`, and every call on the way"
     found,ways = [],[]
     for call in calls:
-        if call.args[0].shape is None: raise Unknown('its input may be [N, C] or [N, C, L]')
-        label = self.label(call)
+        if call.outs[0].shape is None: raise Unknown('its input may be [N, C] or [N, C, L]')
+        label = self.label(call, before)
         if before and call.inplace: raise Stop(f'{self.what(call)} writes in place')
         between = call.outs[0].readers if through else []
         y = self.runs_on[call.outs[0]].outs[0] if through else call.outs[0]
         way = self.down(y, label) if before else self.up(call.args[0], label, True, call)
-        if before and not through: self.nothing_written(call, [c for c,_ in way])
+        if before and not through: self.nothing_written(call, max((c for c,_ in way), key=lambda c: c.index))
         found += [(c, a) for c,a in way if a is not None]
         ways.append([call, *between, *(c for c,_ in way)])
     self.agree(found)
     return tuple({(a.weight, a.before): a for _,a in found}.values()), ways
 
 @patch
-def label(self:Finder, call):
-    "The label of a BatchNorm's own channels, which are on axis 1, or of a scale's"
-    axis,size = call.args[3:] if call.op == 'scale' else (1, self.flow.params[call.args[3].name].shape[0])
-    return torch.arange(size).view([-1 if d == axis else 1 for d in range(len(call.args[0].shape))])
+def label(self:Finder, call, behind):
+    "The label of a BatchNorm's own channels, which are on axis 1, of a scale's, or of those that a layer writes, or reads"
+    rank = len(call.outs[0].shape)
+    if call.op == 'scale': axis,size = call.args[3:]
+    elif call.op in LAYERS:
+        args = layer_call(call.op, call.args, call.kwargs)
+        axis,size = rank - LAYERS[call.op].spatial - 1, (out_channels if behind else in_channels)(call.op, self.model.get_parameter(args.weight.name), args.groups)
+    else: axis,size = 1, self.flow.params[call.args[3].name].shape[0]
+    return torch.arange(size).view([-1 if d == axis else 1 for d in range(rank)])
+
+@patch
+def private(self:Finder, names, calls):
+    "Nobody but `calls` may read the tensors called `names`"
+    for n in filter(None, names):
+        v = self.flow.params[n]
+        other = next((r for r in v.readers if r not in calls), None)
+        if other or v.outside: raise Stop(f'`{n}` is also read by {self.what(other) if other else v.outside}')
 
 @patch
 def agree(self:Finder, found):

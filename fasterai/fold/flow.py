@@ -28,6 +28,7 @@ class Value:
     call:'Call'=field(default=None, repr=False) # What made it; `None` for an input, a parameter or a constant
     readers:list=field(default_factory=list, repr=False) # The `Call`s that read it, in order, each once
     outside:str='' # Who reads it outside of the calls, if anyone: a caller, a hook
+    asked:bool=False # Does code ask for its shape, or another such thing?
 
 # %% ../../nbs/02_fold.flow.ipynb #6a2703bd
 @dataclass(eq=False)
@@ -142,6 +143,8 @@ class Flow:
 
     def add(self, op, args, kwargs, outs, stack, inplace=False, opaque=False):
         "Append a `Call` and tie it to its values"
+        if op in SHAPED_LIKE | _likes: # of one argument the shape alone
+            for v in values_in(args[op in SHAPED_LIKE:][:1]): v.asked = True
         if op in SHAPED_LIKE and len(args) == 2: args = (args[0], getattr(args[1], 'shape', None))
         if op in _likes: args = args[1:]
         call = Call(op, args, kwargs, outs, stack, inplace, opaque, len(self.calls))

@@ -12,9 +12,13 @@ from .report import Report
 from .verify import Comparison
 
 # %% ../../nbs/10_fold.plots.ipynb #8fcfccdd
-_outcomes = {'folded into the layer before it': 'tab:blue', 'folded into the layer behind it': 'tab:cyan', 'folded through a ReLU': 'tab:green', 'merged by a module of its own': 'tab:purple', 'kept': 'tab:orange'}
+_outcomes = {'kept': 'tab:orange', 'folded into the layer before it': 'tab:blue', 'folded into the layer behind it': 'tab:cyan', 'folded through a ReLU': 'tab:green', 'merged by a module of its own': 'tab:purple', 'merged with another layer': 'tab:pink'}
 
-def _outcome(row): return [*_outcomes][4 if not row.folded else 3 if row.merged else 2 if row.through else row.absorbs[0].before]
+def _outcome(row):
+    kept,before,behind,through,merged,joined = _outcomes
+    if not row.folded: return kept
+    if row.merged or row.joins: return merged if row.merged else joined
+    return through if row.through else behind if row.absorbs[0].before else before
 
 @patch
 def plot(self:Report,

@@ -27,22 +27,35 @@ class _Memory:
     "Which value each tensor holds now"
     def __init__(self): self.storages = {}
 
+    def held(self, t):
+        "What is known of `t`'s storage: the values in it, by geometry, and those of which a part may be left"
+        storage = t.untyped_storage()
+        ref,*held = self.storages.get(storage._cdata, (None,))
+        if ref is None or ref.expired(): # while the weak reference is held, no other storage can have this address
+            held = {}, []
+            self.storages[storage._cdata] = StorageWeakRef(storage), *held
+        return held
+
     def at(self, t):
         "The values in `t`'s storage, by geometry"
-        storage = t.untyped_storage()
-        ref,values = self.storages.get(storage._cdata, (None, None))
-        if ref is None or ref.expired(): # while the weak reference is held, no other storage can have this address
-            ref,values = StorageWeakRef(storage), {}
-            self.storages[storage._cdata] = ref,values
-        return values
+        return self.held(t)[0]
+
+    def write(self, t):
+        "Forget what `t`'s storage holds, but for what is not in `t`"
+        values,left = self.held(t)
+        if t.numel()*t.element_size() == t.untyped_storage().nbytes(): left.clear()
+        else: left += [v for g,v in values.items() if g != _geometry(t)]
+        values.clear()
 
     def alive(self):
         "The values whose storage is still alive"
-        return [v for ref,values in self.storages.values() if not ref.expired() for v in values.values()]
+        return [v for ref,values,left in self.storages.values() if not ref.expired() for v in (*values.values(), *left)]
 
 # %% ../../nbs/04_fold.record.ipynb #9949f24d
 _decisions = {'item', '_local_scalar_dense', 'is_nonzero', 'equal', 'allclose', 'nonzero', 'nonzero_numpy', 'masked_select', 'unique', '_unique2', 'unique_dim', 'unique_consecutive'}
 _leaks = {'numpy', 'tolist', '__array__', 'data_ptr', '__dlpack__', 'storage', 'untyped_storage', 'share_memory_', '__repr__', '__str__', '__format__', '__reduce_ex__', '__deepcopy__', '__cuda_array_interface__'}
+
+_same = {'contiguous', 'detach', 'alias', 'flatten', 'dropout', 'dropout1d', 'dropout2d', 'dropout3d', 'feature_dropout', 'alpha_dropout'} # give what they are given, whatever its size
 
 class _Recorder(TorchDispatchMode):
     "Writes every operation into a flow"
@@ -57,10 +70,10 @@ class _Recorder(TorchDispatchMode):
     def value(self, t):
         "The value that `t` holds"
         if t.layout is not torch.strided: return Value(tuple(t.shape))
-        values,geometry = self.memory.at(t),_geometry(t)
+        (values,left),geometry = self.memory.held(t),_geometry(t)
         if geometry not in values:
             new = Value(tuple(t.shape))
-            if values: self.flow.add('hidden_view', (list(values.values()),), {}, [new], tuple(self.stack)) # a view that nobody announced
+            if values: self.flow.add('hidden_view', ([*left, *values.values()],), {}, [new], tuple(self.stack)) # a view that nobody announced, or of what was written into
             values[geometry] = new
         return values[geometry]
 
@@ -79,9 +92,11 @@ class _Recorder(TorchDispatchMode):
         statistics = values_in(args[3:5], Tensor) if op.endswith('batch_norm') and args[5] is True else [] # which a training one writes, though its schema does not say so
         for t in (*written, *statistics): self.keep(t)
         out = func(*args, **kwargs)
-        for t in written: self.memory.at(t).clear()
+        for t in written: self.memory.write(t)
         new = [self.result(t) for t in [*written, *values_in(out, Tensor)]]
         made = [v for v,fresh in new if fresh]
+        if not made and not written and op not in _same: # it gives what it was given, as it is written perhaps for this size alone
+            for v in values_in(taken): v.asked = True
         if made or written or not values_in(out, Tensor):
             self.flow.add(op.removesuffix('_'), *taken, [v for v,_ in new][len(written):] or made, tuple(self.stack), bool(written))
         return out
@@ -114,13 +129,17 @@ class _Recorder(TorchDispatchMode):
         for storage,old in self.saved.values(): storage.copy_(old)
 
 # %% ../../nbs/04_fold.record.ipynb #f01e6d94
+_asks = {'__get__', 'size', 'dim', 'ndimension', 'numel', 'nelement', '__len__', 'stride'}
+
 class _Leaks(TorchFunctionMode):
-    "Marks the values that Python takes out"
+    "Marks the values that Python takes out, and those whose shape it asks for"
     def __init__(self, recorder): super().__init__(); self.recorder = recorder
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, '__name__', '') in _leaks and args and isinstance(args[0], Tensor):
             with torch._C.DisableTorchFunction(): self.recorder.value(args[0]).outside = f'`{func.__name__}`'
             self.recorder.flow.branches.update(self.recorder.stack)
+        elif getattr(func, '__name__', '') in _asks:
+            with torch._C.DisableTorchFunction(): self.recorder.value(args[0]).asked = True
         return func(*args, **(kwargs or {}))
 
 # %% ../../nbs/04_fold.record.ipynb #041d4c9f

@@ -27,15 +27,16 @@ class Report:
     def __getitem__(self, name): return self.plan[name]
 
     @property
-    def folded(self): return sum(r.folded for r in self)
+    def folded(self): return sum(r.folded and not r.is_layer for r in self)
     @property
-    def kept(self): return len(self) - self.folded
+    def kept(self): return sum(not r.folded for r in self)
 
     def totals(self):
         "The summary, a line each"
         done = self.after is not None
         what = 'BatchNorms and scales' if any(r.steps for r in self) else 'BatchNorms'
-        yield f'{self.folded} of {len(self)} {what} {"folded" if done else "can be folded"}, {self.kept} kept'
+        yield f'{self.folded} of {self.folded + self.kept} {what} {"folded" if done else "can be folded"}, {self.kept} kept'
+        if layers := sum(r.is_layer for r in self): yield f'{layers} {"layer" if layers == 1 else "layers"} {"merged" if done else "can be merged"} with others'
         yield f'{self.before:,} parameters' + (f' became {self.after:,}: {self.before-self.after:,} fewer' if done else '')
         yield from self.notes
         if self.check: yield f'outputs on the example differ by {self.check.largest:.2g} at most (relative {self.check.relative:.2g})'

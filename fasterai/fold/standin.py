@@ -90,6 +90,12 @@ def _len(o):
     "`len`, in the modules whose functions are traced: the built-in one can give nothing but a number"
     return o.tracer.create_proxy('call_function', builtins.len, (o,), {}) if issubclass(type(o), fx.Proxy) else builtins.len(o)
 
+def _numbers(tree):
+    "The numbers in a nested structure"
+    if isinstance(tree, (int, float)): return [tree]
+    if isinstance(tree, dict): tree = tree.values()
+    return [n for o in tree for n in _numbers(o)] if isinstance(tree, (tuple, list, type({}.values()))) else []
+
 def _nodes(tree): return [p.node for p in values_in(tree, fx.Proxy)]
 
 def phi(*ways):
@@ -272,7 +278,7 @@ class _Tracer(fx.proxy.TracerBase):
 
     def outline(self, gone=()):
         "What was done and where, but for the modules called `gone`"
-        return [(n.op, n.target, n.stack[-1]) for n in self.nodes if n.op not in ('get_attr', 'output') and n.target not in gone and n.stack[-1] not in gone]
+        return [(n.op, n.target, n.stack[-1], n.op != 'call_module' and _numbers((n.args, n.kwargs))) for n in self.nodes if n.op not in ('get_attr', 'output') and n.target not in gone and n.stack[-1] not in gone]
 
     def signature(self):
         "All that was done, where, and what came of it"

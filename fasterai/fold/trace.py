@@ -128,7 +128,10 @@ class _Graph:
             for v in values_in(args): v.outside = f'the caller of {naming(stack[-1])}'
             return node
         op,inplace = _op_name(node.target, args)
-        if op in METADATA or not values_in((args, kwargs)): return node
+        given = values_in((args, kwargs))
+        if op in METADATA or not given:
+            for v in given: v.asked = True
+            return node
         if op == 'getitem' and isinstance(args[0], (tuple, list)): return args[0][args[1]]
         if op in ('batch_norm', 'instance_norm'): args,kwargs = _with_statistics(node.target, args, kwargs), {}
         parts = [u.args[1] for u in node.users if u.op == 'call_function' and u.target is operator.getitem and isinstance(u.args[1], int)]

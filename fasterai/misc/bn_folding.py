@@ -7,6 +7,7 @@ __all__ = ['FoldError', 'unwrapped', 'learner_example', 'BN_Folder']
 
 # %% ../../nbs/10_misc.bn_folding.ipynb #101cbbd8
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,9 @@ from ..fold.bake import bake
 from ..fold.carry import CARRIERS
 from ..fold.flow import hook_name, naming, same_random_state
 from ..fold.layers import LAYERS
-from ..fold.merge import merge
-from ..fold.plan import NEIGHBOURS, SIDES, plan_folds
+from ..fold.linear import PARALLEL, SERIES, plan_linear
+from ..fold.merge import merge, unasked
+from ..fold.plan import NEIGHBOURS, THROUGH, Plan, plan_folds
 from ..fold.record import record_flow
 from ..fold.report import Report
 from ..fold.scale import NORMS, read_norms, read_scales
@@ -92,9 +94,10 @@ class BN_Folder:
     def __init__(self,
         bake:bool=False, # First make plain the weights that parametrizations, `weight_norm`, `spectral_norm` and pruning compute in each forward
         through_relu:bool=False, # Fold through a `ReLU` module too: the two become one clamp with bounds for each channel
-        reparameterize:bool=False, # First let the modules that know how to merge their own branches do so (`reparameterize`, `switch_to_deploy`, `fuse`), where an example shows that nothing changes
+        reparameterize:bool=False, # Merge parallel branches: first let the modules that know how do so (`reparameterize`, `switch_to_deploy`, `fuse`), where an example shows that nothing changes; then the layers that are added for one input
         scales:bool=False, # Fold every other module that only multiplies and adds numbers of its own, one for each channel: a LayerScale, a normalisation of the input
-    ): self.bake,self.through_relu,self.reparameterize,self.scales = bake,through_relu,reparameterize,scales
+        series:bool=False, # Then merge two linear layers in series into one, where that is less work
+    ): self.bake,self.through_relu,self.reparameterize,self.scales,self.series = bake,through_relu,reparameterize,scales,series
 
     def plan(self,
         model:nn.Module, # Or a fastai `Learner`; in eval mode
@@ -103,9 +106,9 @@ class BN_Folder:
     )->Report: # Nothing is changed
         """What `fold` would do with each BatchNorm. Takes what `fold` takes, and raises the same errors for bad input."""
         model,xs = self._inputs(model, xs, kwargs)
-        core,rows,notes = unwrapped(model),[],[]
-        if self._prepares: _,_,rows,notes = self._prepare(core := copied(core), xs, kwargs)
-        return Report(self._of(core, xs, kwargs).plan().after(rows), count_parameters(model), notes=tuple(notes))
+        core = unwrapped(model)
+        plan,notes = self._in_steps(core, xs, kwargs)[1::2] if self._steps else (self._of(core, xs, kwargs).plan(), ())
+        return Report(plan, count_parameters(model), notes=tuple(notes))
 
     def fold(self,
         model:nn.Module, # Or a fastai `Learner`; in eval mode. It is not changed, unless `inplace`
@@ -122,26 +125,26 @@ class BN_Folder:
         model,xs = self._inputs(model, xs, kwargs)
         core,before = unwrapped(model), count_parameters(model)
         if inplace and isinstance(model, DistributedDataParallel): raise ValueError("a DistributedDataParallel has registered its parameters with the other processes: fold `model.module`, then wrap it again")
-        if self._prepares: new,plan,check,notes = self._fold_prepared(core, xs, kwargs, inplace)
+        if self._steps: new,plan,check,notes = self._in_steps(core, xs, kwargs, inplace)
         else: (new,plan,check),notes = self._of(core, xs, kwargs).run(inplace),()
         if core is not model: new = model if inplace else copied(model, {id(core): new})
         self.report = Report(plan, before, count_parameters(new), check, tuple(notes))
         return new
 
-    def _of(self, model, xs, kwargs): return _Fold(model, xs, kwargs, tuple(SIDES) if self.through_relu else NEIGHBOURS, self.scales)
+    def _of(self, model, xs, kwargs): return _Fold(model, xs, kwargs, partial(plan_folds, sides=THROUGH if self.through_relu else NEIGHBOURS), self.scales)
 
     @property
-    def _prepares(self): return self.bake or self.reparameterize
+    def _steps(self): return self.bake or self.reparameterize or self.series
 
     def _prepare(self, model, xs, kwargs):
         "Make plain what `model` computes, and let it merge what it can: how to undo that, what it gave before, the BatchNorms that went, and what there is to say"
-        if self.reparameterize and not (xs or kwargs): raise ValueError("`reparameterize` holds every module that merges itself against the original: give an example, as in `fold(model, x)`")
         want = _on_example(run, model, (xs, kwargs)) if xs or kwargs else None
         rows,notes,advice = [],[],"its code asks how they are computed. The original is as it was: fold it without `bake` and `reparameterize`"
         with ExitStack() as undo:
             if self.bake: undo.callback(bake(model))
             try:
-                if self.reparameterize:
+                if self.reparameterize and want is None: notes = unasked(model)
+                elif self.reparameterize:
                     back,rows,notes = merge(model, *cloned((xs, kwargs)))
                     undo.callback(back)
                 found = None if want is None else _difference(want, run(model, *cloned((xs, kwargs))))
@@ -150,16 +153,22 @@ class BN_Folder:
                 raise FoldError(f"the model's outputs differ by {found.largest:.3g} (relative {found.relative:.2g}) once its weights are plain and its modules merged: {advice}")
             return undo.pop_all().close, want, rows, notes
 
-    def _fold_prepared(self, model, xs, kwargs, inplace):
-        "Prepare and fold a copy, or `model` itself"
+    def _in_steps(self, model, xs, kwargs, inplace=False):
+        "Prepare a copy, or `model` itself, fold it, and merge layers until there are none left to merge"
         if not inplace: model = copied(model)
-        undo,want,rows,notes = self._prepare(model, xs, kwargs)
-        with ExitStack() as back:
-            back.callback(undo)
-            new,plan,check = self._of(model, xs, kwargs).run(inplace=True)
-            if check: check = _difference(want, run(new, *cloned((xs, kwargs))))
-            back.pop_all()
-        return new, plan.after(rows), check, notes
+        back,want,rows,notes = self._prepare(model, xs, kwargs)
+        sides = (PARALLEL if self.reparameterize else {}) | (SERIES if self.series else {})
+        with ExitStack() as undo:
+            undo.callback(back)
+            def carried_out(fold):
+                _,plan,_ = fold.run(inplace=True)
+                undo.callback(fold.undo)
+                return plan
+            plan = Plan(tuple(rows)).then(carried_out(self._of(model, xs, kwargs)))
+            while sides and len(more := carried_out(_Fold(model, xs, kwargs, partial(plan_linear, sides=sides)))): plan = plan.then(more)
+            check = None if want is None else _difference(want, run(model, *cloned((xs, kwargs))))
+            undo.pop_all()
+        return model, plan, check, notes
 
     @staticmethod
     def _inputs(model, xs, kwargs):
@@ -186,15 +195,15 @@ def _difference(a, b):
 
 class _Fold:
     "One fold of one model"
-    def __init__(self, model, xs, kwargs, sides=NEIGHBOURS, scales=False):
-        self.model,self.example,self.keep,self.sides = model,(xs, kwargs) if xs or kwargs else None,{},sides
+    def __init__(self, model, xs, kwargs, planned=plan_folds, scales=False):
+        self.model,self.example,self.keep,self.planned,self.undo = model,(xs, kwargs) if xs or kwargs else None,{},planned,lambda: None
         self.traced,self.recorded = trace_flow(model),None
         if self.example: self.recorded,self.out = _on_example(record_flow, model, self.example, _known)
         for flow in filter(None, (self.traced, self.recorded) if scales else ()):
             read_norms(flow)
             read_scales(flow)
 
-    def plan(self): return plan_folds(self.recorded or self.traced, self.traced if self.recorded else None, self.keep, self.sides)
+    def plan(self): return self.planned(self.recorded or self.traced, self.traced if self.recorded else None, self.keep)
 
     def weights(self):
         "A plan, and all the new weights that it needs"
@@ -203,17 +212,18 @@ class _Fold:
             try: return plan, new_weights(self.model, plan)
             except Unfit as e:
                 why = f"the weight of {naming(e.layer)} would not fit its dtype any more"
-                self.keep |= {r.name: why for r in plan if e.layer in {a.layer for a in r.absorbs}}
+                self.keep |= {r.name: why for r in plan if e.layer in {r.name, *(a.layer for a in r.absorbs)}}
 
     def apply(self, plan, new, inplace):
-        "The folded model, and how to undo it"
-        if inplace: return self.model, fold_inplace(self.model, plan, new)
-        return folded_copy(self.model, plan, new), lambda: None
+        "The folded model, which `undo` puts back where it was"
+        if not inplace: return folded_copy(self.model, plan, new)
+        self.undo = fold_inplace(self.model, plan, new)
+        return self.model
 
     def run(self, inplace):
         "The folded model, its plan, and how far apart the outputs are"
         plan,new = self.weights()
-        folded,undo = self.apply(plan, new, inplace)
+        folded = self.apply(plan, new, inplace)
         try:
             self.retrace(plan, folded)
             if not self.example: return folded, plan, None
@@ -221,12 +231,12 @@ class _Fold:
             except Exception as e: found = e
             if isinstance(found, Difference) and found.relative <= tolerance_for(self.out, self.model): return folded, plan, found
         except BaseException:
-            undo()
+            self.undo()
             raise
-        undo()
+        self.undo()
         if isinstance(found, Difference):
             self.confirm(plan, found)
-            return self.apply(plan, new, inplace)[0], plan, found
+            return self.apply(plan, new, inplace), plan, found
         strided = {r.name: 'what follows it does not run on the strides of its input' for r in plan if r.strided}
         if not strided: raise FoldError(f'the folded model does not run on the example: {type(found).__name__}: {found}') from found
         self.keep |= strided
