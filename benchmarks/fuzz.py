@@ -28,8 +28,8 @@ def try_one(seed, x, more):
         except Exception as e: return seen + Counter(crashed=1), f'# {type(e).__name__}: {e}\n{source}'
         seen[f'{kind}: folded'] += bn.report.folded
         seen[f'{kind}: folded through a ReLU'] += sum(bool(r.through) for r in bn.report)
-        seen[f'{kind}: layers merged in series'] += sum(r.joins == 'in series' for r in bn.report)
-        seen[f'{kind}: layers and BatchNorms merged in parallel'] += sum(r.joins == 'in parallel' for r in bn.report)
+        seen[f'{kind}: layers merged in series'] += sum(r.joins == 'series' for r in bn.report)
+        seen[f'{kind}: layers and BatchNorms merged in parallel'] += sum(r.joins == 'parallel' for r in bn.report)
         seen[f'{kind}: kept'] += bn.report.kept
         if example: seen.update('because ' + re.sub(r'`[^`]*`', '`…`', r.why) for r in bn.report if r.why)
         if not all(difference(w, run(new, (i.clone(),), {})).relative < 1e-9 for w, i in zip(want, (x, more))): return seen + Counter(wrong=1), f'# {kind}\n{source}'

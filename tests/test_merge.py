@@ -123,10 +123,13 @@ def test_dtype_and_mode(dtype):
     assert all(r.merged for r in folder.report) and {p.dtype for p in new.parameters()} == {dtype} and not any(p.requires_grad for p in new.parameters()) and not any(m.training for m in new.modules())
 
 
-def test_needs_an_example():
-    model = randomise(nn.Sequential(Fuses()))
-    for f in (BN_Folder(reparameterize=True).fold, BN_Folder(reparameterize=True).plan):
-        with pytest.raises(ValueError, match='give an example'): f(model)
+def test_without_an_example_nobody_is_asked():
+    "and that is said; the layers that are added become one by dataflow alone"
+    model, folder = randomise(nn.Sequential(Fuses())), BN_Folder(reparameterize=True)
+    new = folder.fold(model)
+    note = '`0` is not asked to merge itself by its `fuse`: that is held against the original on an example'
+    assert folder.report.notes == folder.plan(model).notes == (note,) and note in str(folder.report)
+    assert type(new[0]) is Fuses and not any(r.merged for r in folder.report) and difference(run(model, (x,), {}), run(new, (x,), {})).relative < 1e-12
 
 
 def test_plan_and_in_place(monkeypatch):
@@ -136,7 +139,7 @@ def test_plan_and_in_place(monkeypatch):
     plan = folder.plan(model, x)
     assert_untouched(model, before)
     assert [bool(r.merged) for r in plan] == [True, False, False] and plan.notes
-    def stop(*args): raise KeyboardInterrupt
+    def stop(*args, **kwargs): raise KeyboardInterrupt
     for at in ('plan_folds', 'new_weights', 'fold_inplace', '_difference', 'run'):
         with monkeypatch.context() as mp:
             mp.setattr('fasterai.misc.bn_folding.' + at, stop)

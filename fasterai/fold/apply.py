@@ -107,7 +107,7 @@ def _joint(row, tensors):
         other_kernel,w,b = (1,)*len(kernel), f.scale.view(-1, 1, 1, 1), f.shift
     mine,theirs = (grouped(a.op, to_float64(stays), a.groups), tensors.get(bias)), (w, b)
     mine,theirs = ((v, None if c is None else to_float64(c)) for v,c in (mine, theirs))
-    if row.joins == 'in parallel': joint = in_parallel(*mine, kernel, *theirs, other_kernel)
+    if row.joins == 'parallel': joint = in_parallel(*mine, kernel, *theirs, other_kernel)
     else: joint = in_series(*theirs, *mine) if a.before else in_series(*mine, *theirs)
     made = {a.weight: like(stays, ungrouped(a.op, joint[0], kernel))}
     if joint[1] is not None: made[bias] = like(stays.new_empty(len(joint[1])), joint[1])
@@ -120,7 +120,7 @@ def _replacement(bn, row, new):
     kept = [(n.rpartition('.')[2], bn.get_submodule(n.rpartition('.')[2])) for n in row.rest]
     if row.bare: return bare(bn, [n.rpartition('.')[2] for n in row.stats])
     if row.through: made = ChannelClamp(new[_inside(row.name, 'lower')], new[_inside(row.name, 'upper')], row.alone)
-    elif row.joins == 'in parallel': made = Nothing(new[row.absorbs[0].weight])
+    elif row.joins == 'parallel': made = Nothing(new[row.absorbs[0].weight])
     else: made = nn.Sequential(OrderedDict(kept)) if kept else nn.Identity()
     made.training = bn.training
     return made
@@ -155,7 +155,7 @@ def _parameters(model, new):
 def _sizes(plan, new):
     "The layers that are given other sizes, by name, and those"
     for row in plan:
-        if row.joins != 'in series': continue
+        if row.joins != 'series': continue
         a,groups = row.absorbs[0], row.joint_groups
         sizes = dict(out=out_channels(a.op, new[a.weight], groups), **{'in': in_channels(a.op, new[a.weight], groups)})
         yield a.layer, {f'{n}_features': o for n,o in sizes.items()} if a.op == 'linear' else {f'{n}_channels': o for n,o in sizes.items()} | dict(groups=groups)

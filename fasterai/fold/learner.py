@@ -40,15 +40,16 @@ def fold_bn(self:Learner,
     *xs, # An example, as the model takes it; a batch of the validation set where it is left out
     bake:bool=False, # First make computed weights plain, as `BN_Folder` does
     through_relu:bool=False, # Fold through `ReLU` modules too, as `BN_Folder` does
-    reparameterize:bool=False, # First let modules merge their own branches, as `BN_Folder` does
+    reparameterize:bool=False, # Merge parallel branches, as `BN_Folder` does
     scales:bool=False, # Fold LayerScales and their like too, as `BN_Folder` does
+    series:bool=False, # Merge layers in series, as `BN_Folder` does
     show:bool=True, # Show the report?
     **kwargs, # More of the example, by name
 )->Learner: # With the same data, loss, metrics, splitter and callbacks; its `bn_report` says what became of each BatchNorm
     """A Learner with the BatchNorms of this one's model folded; this one stays as it is.
 
     Raises what `BN_Folder.fold` raises: `ValueError` for a model in training mode, or where there is no data to take an example from."""
-    folder = BN_Folder(bake, through_relu, reparameterize, scales)
+    folder = BN_Folder(bake, through_relu, reparameterize, scales, series)
     model = folder.fold(self, *xs, **kwargs)
     new = copy.copy(self)
     new.model,new.opt,new.cbs,new.bn_report = model,None,L(),folder.report

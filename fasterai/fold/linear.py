@@ -105,7 +105,7 @@ def series(self:Finder, row, calls, before):
     if any(len(v.readers) != 1 or v.outside or v.asked for way in ways for c in (way[:-1] if before else way[1:]) for v in c.outs): raise Stop('someone else looks at what is between')
     if not torch.equal(a.index, torch.arange(mine.outs if before else mine.ins)): raise Stop('not all of the channels arrive in their order')
     other = geometry(a.op, self.own_layer(a.layer, self.calls_of[a.layer])[0])
-    row = replace(row, absorbs=absorbs, joins='in series')
+    row = replace(row, absorbs=absorbs, joins='series')
     size = lambda outs, ins, groups: outs*ins//groups*prod(other.kernel)
     one = size(other.outs, mine.ins, row.joint_groups) if before else size(mine.outs, other.ins, row.joint_groups)
     stays = size(other.outs, other.ins, other.groups)
@@ -162,7 +162,7 @@ def beside(self:Finder, row, calls):
     args,(weight,bias) = self.own_layer(name, self.calls_of[name])
     if sorted(c.index for c in found) != [c.index for c in self.calls_of[name]]: raise Stop(f'{naming(name)} is not always beside it, and once')
     absorb = Absorb(name, found[0].op, weight, bias, False, torch.arange(seen(found[0]).outs), True, args.groups)
-    return replace(row, absorbs=(absorb,), joins='in parallel'), ways
+    return replace(row, absorbs=(absorb,), joins='parallel'), ways
 
 @patch
 def seen_beside(self:Finder, call, other):
@@ -190,7 +190,7 @@ def plan_linear(
         try: row = finder.best(finder.leaving(name, calls), calls, sides, confirm and confirm(name))
         except Stop: continue
         into = row.absorbs[0].layer
-        if into in changed and not row.joins == changed[into] == 'in parallel': continue # one layer may take in several beside it
+        if into in changed and not row.joins == changed[into] == 'parallel': continue # one layer may take in several beside it
         changed |= {name: 'gone', into: row.joins}
         rows.append(row)
     return Plan(tuple(rows))

@@ -35,7 +35,7 @@ class Row:
     steps:tuple=() # What it does, if it is no BatchNorm but a module that scales
     size:int=0 # That module's channels
     bare:bool=False # Does that module stay, without the weights that it scales with?
-    joins:str='' # 'in series' or 'in parallel', if the layer that absorbs it takes in all that it does
+    joins:str='' # 'series' or 'parallel', if the layer that absorbs it takes in all that it does: where the two stand
     groups:int=1 # Its own, if it does
     merged:tuple=() # Name of a module that merged itself with the BatchNorm in it, and the method by which it did
 
@@ -46,7 +46,7 @@ class Row:
     @property
     def joint_groups(self):
         "Those of the layer that does what both do"
-        return 1 if self.joins == 'in series' and self.groups != self.absorbs[0].groups else self.absorbs[0].groups
+        return 1 if self.joins == 'series' and self.groups != self.absorbs[0].groups else self.absorbs[0].groups
     @property
     def shifts(self): return not self.steps or any(what not in ('mul', 'div') for what,_ in self.steps)
     @property
@@ -55,7 +55,7 @@ class Row:
     def how(self):
         if not self.folded: return ''
         if self.merged: return f'merged by its own `{self.merged[1]}`'
-        if self.joins: return f'one with {self.absorbs[0].op}, {self.joins}'
+        if self.joins: return f'one with {self.absorbs[0].op}, in {self.joins}'
         ops,side = dict.fromkeys(a.op for a in self.absorbs), 'after' if self.absorbs[0].before else 'before'
         n = len({a.layer for a in self.absorbs})
         through,stay = f'through `{self.through}`: ' if self.through else '', ' (the normalisation stays)' if self.bare else f" ({', '.join(self.rest)} stay)" if self.rest else ''
@@ -72,7 +72,7 @@ class Plan:
     @property
     def places(self):
         "Names of the modules behind which the folded model must agree with the original"
-        names = [n for r in self if r.folded for n in ([a.layer for a in r.absorbs] if r.absorbs[0].before else [] if r.joins == 'in parallel' else [r.name])]
+        names = [n for r in self if r.folded for n in ([a.layer for a in r.absorbs] if r.absorbs[0].before else [] if r.joins == 'parallel' else [r.name])]
         return [n for n in dict.fromkeys(names) if n]
     def then(self, more):
         "The same with what the plan `more` does to what it left"
@@ -81,7 +81,7 @@ class Plan:
     @property
     def gone(self):
         "Names of the modules that do not do any more what they did"
-        return {n for r in self if r.folded and not r.bare for n in (r.name, r.through or r.name, *(a.layer for a in r.absorbs if r.joins == 'in series'))}
+        return {n for r in self if r.folded and not r.bare for n in (r.name, r.through or r.name, *(a.layer for a in r.absorbs if r.joins == 'series'))}
     def __getitem__(self, name): return next(r for r in self.rows if r.name == name)
 
 # %% ../../nbs/06_fold.plan.ipynb #bf66fe3f

@@ -277,12 +277,12 @@ class _Tracer(fx.proxy.TracerBase):
         return node
 
     def outline(self, gone=()):
-        "What was done and where, but for the modules called `gone`"
+        "What was done, where, and with which numbers, but for the modules called `gone`"
         return [(n.op, n.target, n.stack[-1], n.op != 'call_module' and _numbers((n.args, n.kwargs))) for n in self.nodes if n.op not in ('get_attr', 'output') and n.target not in gone and n.stack[-1] not in gone]
 
     def signature(self):
-        "All that was done, where, and what came of it"
-        return self.outline(), [n.args for n in self.nodes if n.op == 'output'], self.kept
+        "What was done, where, and what came of it"
+        return [o[:3] for o in self.outline()], [n.args for n in self.nodes if n.op == 'output'], self.kept
 
     @contextmanager
     def watching(self):
