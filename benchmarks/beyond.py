@@ -1,10 +1,10 @@
-"""What each switch of `BN_Folder` gains over the plain fold: BatchNorms, and time of a forward pass.
+"""What each switch of `BN_Folder` gains over the plain fold: BatchNorms, scales and layers that go, and time of a forward pass.
 
     python benchmarks/beyond.py                    # the zoo, with latency (an hour)
     python benchmarks/beyond.py --only densenet
-    python benchmarks/beyond.py --seconds 0        # BatchNorms and errors alone
+    python benchmarks/beyond.py --seconds 0        # what goes, and errors, alone
 
-Statistics and γ (of both signs) are random. Errors are relative, in float64, against the original; times are of float32 on the CPU, run in turn, medians of the ratio to the plain fold within a round."""
+Statistics and scales (of both signs) are random. Errors are relative, in float64, against the original; times are of float32 on the CPU, run in turn, medians of the ratio to the plain fold within a round."""
 import argparse
 from functools import partial
 
@@ -14,20 +14,33 @@ from torch.utils._pytree import tree_map
 from torch.utils.benchmark import Timer
 
 import networks as lists
-from common import build, cast, load, quartiles, randomise, results, save
+from common import build, cast, is_norm, load, quartiles, randomise, results, save
 from fasterai.fold.verify import aligned, difference, run
 from fasterai.misc.bn_folding import BN_Folder
 from latency import clocks, interleaved
 from peers import attempt
 
-switches = dict(plain={}, through_relu=dict(through_relu=True), reparameterize=dict(reparameterize=True), both=dict(through_relu=True, reparameterize=True))
+switches = dict(plain={}, through_relu=dict(through_relu=True), reparameterize=dict(reparameterize=True), scales=dict(scales=True), series=dict(series=True),
+                all=dict(through_relu=True, reparameterize=True, scales=True, series=True))
+
+
+def rescale(model):
+    "Random numbers in what scales for each channel and is no BatchNorm: a LayerScale, the last of a LayerNorm"
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for m in model.modules():
+            if is_norm(m) or getattr(m, 'weight', None) is not None and m.weight.dim() > 1: continue
+            for p in m.parameters(recurse=False):
+                if p.dim() == 1: p.uniform_(.5, 1.2, generator=g).mul_(torch.randint(0, 2, p.shape, generator=g)*2-1)
+    return model
 
 
 def fold(model, args, switch):
-    "One folded network: how many BatchNorms went, and how far it is from the original"
+    "One folded network: how much of it went, and how far it is from the original"
     bn = BN_Folder(**switches[switch])
     new = bn.fold(model, *args)
-    return new, dict(folded=bn.report.folded, total=len(bn.report), notes=len(bn.report.notes), error=difference(run(model, args, {}), run(new, args, {})).relative)
+    counts = dict(batchnorms=sum(not r.steps and not r.is_layer for r in bn.report if r.folded), scales=sum(bool(r.steps) for r in bn.report if r.folded), layers=sum(r.is_layer for r in bn.report))
+    return new, dict(gone=counts, kept=bn.report.kept, notes=len(bn.report.notes), error=difference(run(model, args, {}), run(new, args, {})).relative)
 
 
 def batch_of(n, t): return t.repeat(n, *[1]*(t.dim()-1)) if t.dim() == 4 else t
@@ -36,9 +49,10 @@ def batch_of(n, t): return t.repeat(n, *[1]*(t.dim()-1)) if t.dim() == 4 else t
 def measure(source, name, seconds, clock, batch):
     "Every switch that folds more than the plain fold does"
     model, args = build(source, name)
-    model, args = randomise(model).double(), cast(args, torch.float64)
+    model, args = rescale(randomise(model)).double(), cast(args, torch.float64)
     folded = {s: fold(model, args, s) for s in switches}
-    found, nets = {s: r for s, (_, r) in folded.items()}, {s: m.float() for s, (m, r) in folded.items() if s == 'plain' or r['folded'] > folded['plain'][1]['folded']}
+    found = {s: r for s, (_, r) in folded.items()}
+    nets = {s: m.float() for s, (m, r) in folded.items() if s == 'plain' or r['gone'] != found['plain']['gone']}
     if seconds and len(nets) > 1:
         args = tree_map(partial(batch_of, batch), cast(args, torch.float32))
         timers = {s: Timer('m(*args)', globals=dict(m=m, args=args), num_threads=torch.get_num_threads(), timer=clock) for s, m in nets.items()}
@@ -47,9 +61,13 @@ def measure(source, name, seconds, clock, batch):
     return found
 
 
+def more(r, plain):
+    "How many more modules of each kind went than in the plain fold"
+    return ' '.join(f"+{n} {kind if n > 1 else kind[:-1]}" for kind in r['gone'] if (n := r['gone'][kind] - plain['gone'][kind]))
+
+
 def cell(r, plain):
-    if r['folded'] == plain['folded']: return '–'
-    return f"+{r['folded'] - plain['folded']}" + (' {1:.3f} [{0:.3f} – {2:.3f}]'.format(*r['time']) if 'time' in r else '') + ('' if r['error'] < 1e-9 else ' WRONG')
+    return (more(r, plain) or '–') + (' {1:.3f} [{0:.3f} – {2:.3f}]'.format(*r['time']) if 'time' in r else '') + ('' if r['error'] < 1e-9 else ' WRONG')
 
 
 def table(found):
@@ -57,8 +75,10 @@ def table(found):
     rows = [('', 'plain', *[*switches][1:])]
     good = {name: r for name, r in found.items() if 'plain' in r}
     for name, r in good.items():
-        if any(r[s]['folded'] > r['plain']['folded'] for s in switches): rows.append((name, f"{r['plain']['folded']}/{r['plain']['total']}", *(cell(r[s], r['plain']) for s in [*switches][1:])))
-    rows.append((f'all {len(good)}', *(f"{sum(r[s]['folded'] for r in good.values())}/{sum(r[s]['total'] for r in good.values())}" for s in switches)))
+        plain = r['plain']
+        if any(more(r[s], plain) for s in switches): rows.append((name, f"{plain['gone']['batchnorms']}/{plain['gone']['batchnorms'] + plain['kept']}", *(cell(r[s], plain) for s in [*switches][1:])))
+    sums = {s: {kind: sum(r[s]['gone'][kind] for r in good.values()) for kind in ('batchnorms', 'scales', 'layers')} for s in switches}
+    rows.append((f'all {len(good)}', *(' '.join(f'{n:,} {kind}' for kind, n in sums[s].items() if n) for s in switches)))
     wrong = [f'{name} {s}' for name, r in good.items() for s in switches if not r[s]['error'] < 1e-9]
     return '\n'.join([aligned(rows), f"wrong: {', '.join(wrong) or 'none'}", *(f"{name}: {r.get('crashed') or r.get('absent')}" for name, r in found.items() if name not in good)])
 

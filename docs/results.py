@@ -207,7 +207,7 @@ def beyond(found):
     "What each switch gains over the plain fold"
     nets = {n.split('/')[-1]: r for n,r in found['networks'].items() if 'plain' in r}
     switches = list(dict.fromkeys(s for r in nets.values() for s in r))
-    yield bars(f'BatchNorms folded in {len(nets)} networks', {s: sum(r[s]['folded'] for r in nets.values()) for s in switches})
+    for kind in ('BatchNorms', 'scales', 'layers'): yield bars(f'{kind} that go, in {len(nets)} networks', {s: n for s in switches if (n := sum(r[s]['gone'][kind.lower()] for r in nets.values()))})
     yield dots({s: t for s in switches if s != 'plain' and (t := {n: r[s]['time'] for n,r in nets.items() if 'time' in r[s]})}, 'time / time of the plain fold, median and quartiles')
 
 

@@ -23,7 +23,7 @@ from .standin import INPLACE, METADATA, Opaque, known_layer, plain_batchnorm, tr
 # %% ../../nbs/04_fold.trace.ipynb #56663ae2
 _keep_shape = {'relu', 'relu6', 'leaky_relu', 'prelu', 'elu', 'selu', 'celu', 'gelu', 'silu', 'mish', 'sigmoid', 'tanh', 'hardtanh',
                'hardswish', 'hardsigmoid', 'softplus', 'dropout', 'dropout1d', 'dropout2d', 'dropout3d', 'alpha_dropout', 'contiguous',
-               'batch_norm', 'layer_norm', 'rms_norm', 'group_norm', 'instance_norm', 'clamp'}
+               'clone', 'detach', 'to', 'float', 'type_as', 'batch_norm', 'layer_norm', 'rms_norm', 'group_norm', 'instance_norm', 'clamp'}
 
 def _sizes(o): return tuple(i if isinstance(i, int) and i >= 0 else None for i in (o if isinstance(o, (tuple, list)) else [o]))
 
@@ -48,6 +48,27 @@ def _flatten_shape(x, start_dim=0, end_dim=-1):
     merged = x.shape[start:end+1]
     return x.shape[:start] + (None if None in merged else prod(merged),) + x.shape[end+1:]
 
+def _expand_shape(x, *sizes):
+    sizes = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
+    old = (1,)*(len(sizes)-len(x.shape)) + x.shape
+    return tuple(n if type(s) is int and s == -1 else s if type(s) is int else None for s,n in zip(sizes, old))
+
+def _index_shape(x, index):
+    index = index if isinstance(index, tuple) else (index,)
+    if not all(i is None or i is Ellipsis or type(i) in (int, slice) for i in index): return None
+    left,out = [*x.shape], []
+    rest = len(left) - sum(type(i) in (int, slice) for i in index)
+    for i in index if Ellipsis in index else (*index, Ellipsis):
+        n = rest if i is Ellipsis else 0 if i is None else 1
+        taken,left = left[:n],left[n:]
+        out += [1] if i is None else [] if type(i) is int else taken if i is Ellipsis or i == slice(None) else [None]
+    return tuple(out)
+
+def _common_shape(shapes):
+    "What is known of a value of one of these shapes"
+    if None in shapes or len({*map(len, shapes)}) > 1: return None
+    return tuple(n[0] if len({*n}) == 1 else None for n in zip(*shapes))
+
 def _layer_shape(op, call):
     "A layer's output; an input of unknown rank is a batch"
     rank = LAYERS[op].spatial+2 if call.input.shape is None else len(call.input.shape)
@@ -66,7 +87,7 @@ def _usual_shape(op, args, kwargs):
     if op in LAYERS and isinstance(x, Value) and len(args) > 1 and isinstance(args[1], Value) and args[1].shape is not None: return _layer_shape(op, layer_call(op, args, kwargs))
     if op in ('add', 'sub', 'mul', 'truediv') and len(args) > 1: return _broadcast(*(a.shape if isinstance(a, Value) else () for a in args[:2]))
     if op == 'cat': return _cat_shape(*args, **kwargs) if args and isinstance(args[0], (tuple, list)) else None
-    if op == 'phi': return args[0].shape if isinstance(x, Value) and len({getattr(a, 'shape', None) for a in args}) == 1 else None
+    if op == 'phi': return _common_shape([getattr(a, 'shape', None) for a in args])
     if op in SHAPED_LIKE: return getattr(args[1], 'shape', None)
     if not isinstance(x, Value): return None
     if op == 'flatten': return _flatten_shape(*args, **kwargs)
@@ -82,6 +103,9 @@ def _usual_shape(op, args, kwargs):
         keep = args[2] if len(args) > 2 else kwargs.get('keepdim', False)
         return tuple(1 if d in dims else n for d,n in enumerate(x.shape) if keep or d not in dims)
     if op in _keep_shape: return x.shape
+    if op == 'expand': return _expand_shape(*args)
+    if op == 'getitem': return _index_shape(*args)
+    if op == 'interpolate': return x.shape[:2] + (None,)*(len(x.shape)-2)
     if op in ORDERS: return tuple(x.shape[d] for d in order(op, args, kwargs, len(x.shape)))
     if 'pool' in op and op[-1:] == 'd':
         n = int(op[-2])
