@@ -19,8 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .bake import computing
 from .carry import CARRIERS, ORDERS, PARTS, Stop, Unknown, cross, nothing
 from .flow import Call, Value, mapped, naming, under
-from .layers import LAYERS, absorbs_before, in_channels, layer_call, out_channels
-from .scale import NORMS
+from .layers import LAYERS, NORMS, absorbs_before, in_channels, layer_call, out_channels
 from .standin import plain_batchnorm, reached_into
 
 # %% ../../nbs/05_fold.finder.ipynb #81239764

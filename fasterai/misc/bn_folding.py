@@ -18,13 +18,13 @@ from ..fold.apply import Unfit, copied, fold_inplace, folded_copy, new_weights
 from ..fold.bake import bake
 from ..fold.carry import CARRIERS
 from ..fold.flow import hook_name, naming, same_random_state
-from ..fold.layers import LAYERS
+from ..fold.layers import LAYERS, NORMS
 from ..fold.linear import PARALLEL, SERIES, plan_linear
 from ..fold.merge import merge, unasked
 from ..fold.plan import NEIGHBOURS, THROUGH, Plan, plan_folds
 from ..fold.record import record_flow
 from ..fold.report import Report
-from ..fold.scale import NORMS, read_norms, read_scales
+from ..fold.scale import read_norms, read_scales
 from ..fold.trace import same_outline, trace_flow
 from ..fold.verify import Difference, cloned, compare, count_parameters, difference, first_difference, tolerance_for, run, tensors_in, to_double, tolerance
 
