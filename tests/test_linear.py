@@ -54,6 +54,8 @@ series_kept = dict(
     hook_between=lambda: net(lambda m, x: m.b(m.a(x)), a=hooked(conv(o=8, k=3)), b=conv(8)),
     shared_weight=lambda: net(lambda m, x: m.b(m.a(x)) * m.b.weight.mean(), a=conv(o=8, k=3), b=conv(8)),
     shared_layer=lambda: net(lambda m, x: m.b(m.a(x)).mean() + m.a(x).relu().mean(), a=conv(o=8, k=3), b=conv(8)),
+    weights_used_by_the_parent=lambda: net(lambda m, x: m.b(F.conv2d(x, m.a.weight, m.a.bias)), a=conv(o=8, k=3), b=conv(8)),
+    shape_used_by_another=lambda: net(lambda m, x: m.b(y := m.a(x)) + torch.ones(1, 1, 1, 1).expand_as(y).sum(), a=conv(o=8, k=3), b=conv(8)),
     other_order=lambda: net(lambda m, x: m.b(F.channel_shuffle(m.a(x), 2)), a=conv(o=8, k=3), b=conv(8)),
     part_of_it=lambda: net(lambda m, x: m.b(m.a(x)[:, :8]), a=conv(o=16, k=3), b=conv(8)),
     subclass=lambda: net(lambda m, x: m.b(m.a(x)), a=Same(4, 8, 3), b=conv(8)),
@@ -89,6 +91,8 @@ parallel_kept = dict(
     other_stride=lambda: net(lambda m, x: m.a(x) + F.interpolate(m.b(x), size=x.shape[2:]), a=same(), b=conv(stride=2)),
     even_kernel=lambda: net(lambda m, x: m.a(x) + m.b(x), a=conv(k=2, padding='same'), b=conv()),
     shifted=lambda: net(lambda m, x: m.a(x) + m.b(x), a=conv(k=3), b=conv(k=2, dilation=2)),
+    written_as_data=lambda: net(lambda m, x: (y := x*1, r := m.a(y), setattr(y, 'data', y.relu()), r + m.b(y))[-1], a=same(), b=conv()),
+    written_by_foreach=lambda: net(lambda m, x: (y := x*1, r := m.a(y), torch._foreach_mul_([y], 2.), r + m.b(y))[-1], a=same(), b=conv()),
     weighted=lambda: net(lambda m, x: torch.add(m.a(x), m.b(x), alpha=2), a=same(), b=conv()),
     asked_for_its_shape=lambda: net(lambda m, x: m.a(x) + (y := m.b(x)) + y.dim(), a=same(), b=conv()),
     zeros_like_it=lambda: net(lambda m, x: m.a(x) + (y := m.b(x)) + torch.ones_like(y), a=same(), b=conv()),
@@ -219,6 +223,53 @@ def test_an_exception_leaves_the_model_as_it_was(example, monkeypatch):
             m.setattr(apply, name, broken)
             BN_Folder(series=True, reparameterize=True).fold(model, *([x] if example else []), inplace=True)
         assert_untouched(model, before)
+
+@examples
+def test_a_batchnorm_beside_a_linear(example):
+    "They keep their channels on other axes"
+    torch.manual_seed(0)
+    model, given = randomise(net(lambda m, x: m.a(x) + m.b(x), a=nn.Linear(4, 4), b=nn.BatchNorm1d(4))), torch.randn(3, 4, 4, dtype=torch.float64)
+    new = BN_Folder(reparameterize=True).fold(model, *([given] if example else []))
+    assert difference(run(model, (given,), {}), run(new, (given,), {})).relative == 0
+
+class Optional(nn.Module):
+    def __init__(self, f, **layers): super().__init__(); self.f = f; [self.add_module(n, m) for n, m in layers.items()]
+    def forward(self, x, skip=None): return self.f(self, x, skip)
+def in_between(m, x, skip): return m.b(m.a(x) if skip is None else m.a(x) + skip)
+def into_a_part(m, x, skip):
+    y = m.b(x)
+    if skip is not None: y += skip
+    return y + m.a(x)
+
+@examples
+@pytest.mark.parametrize('f, layers', [(in_between, lambda: dict(a=conv(4, 16, 3), b=conv(16))), (in_between, lambda: dict(a=conv(), b=bn())), (into_a_part, lambda: dict(a=same(), b=conv()))])
+def test_an_argument_that_the_example_leaves_out(f, layers, example):
+    torch.manual_seed(0)
+    model, skip = randomise(Optional(f, **layers())), torch.randn(1, 1, 1, 1, dtype=torch.float64)
+    new = BN_Folder(series=True, reparameterize=True).fold(model, *([x] if example else []))
+    for args in ((x,), (x, skip)): assert difference(run(model, args, {}), run(new, args, {})).relative < 1e-12
+
+@pytest.mark.parametrize('f', [lambda m, x: m.b(m.a(x))[..., :m.a.out_channels], lambda m, x: m.b(m.a(x))*torch.tensor(float(m.a.out_channels)), lambda m, x: m.b(m.a(x)) if isinstance(m.b, nn.Conv2d) else m.a(x)])
+def test_code_that_looks_at_a_layer(f):
+    model = net(f, a=conv(4, 16, 3), b=conv(16, 8)).double().eval()
+    with pytest.raises(FoldError): BN_Folder(series=True).fold(model)
+
+def test_gradients_of_a_parameter_that_changes_its_shape():
+    model = net(lambda m, x: m.b(m.a(x)), a=conv(4, 16, 3), b=conv(16)).double().eval()
+    model(x).sum().backward()
+    BN_Folder(series=True).fold(model, x, inplace=True)(x).sum().backward()
+    assert model.a.weight.grad.shape == model.a.weight.shape
+
+class Shares(nn.Module):
+    "Its copy is itself"
+    def __init__(self): super().__init__(); self.a, self.n = conv(), bn()
+    def forward(self, x): return self.n(self.a(x))
+    def __deepcopy__(self, memo): return self
+
+def test_a_copy_that_is_the_original():
+    model = nn.Sequential(Shares()).eval()
+    with pytest.raises(TypeError, match='gives the original'): BN_Folder(series=True).fold(model)
+    assert type(model[0].n) is nn.BatchNorm2d
 
 def test_code_that_computes_with_a_size():
     "Without an example, code that goes on computing with the size of a layer that changed is seen"

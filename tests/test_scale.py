@@ -1,4 +1,6 @@
 "Modules that scale and shift: folded as BatchNorms are, or kept, with an example and without."
+import copy
+
 import pytest, timm, torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d, LayerScale, LayerScale2d
@@ -56,9 +58,27 @@ norms_kept = dict(
     weight_read=(lambda: net(lambda m, x: m.b(m.n(m.c(x)))*m.n.weight.sum(), c=conv(), n=nn.GroupNorm(2, 4), b=conv()), '`n.weight` is also read by'),
     hooked=(lambda: net(lambda m, x: m.b(m.n(m.c(x))), c=conv(), n=hooked(nn.GroupNorm(2, 4)), b=conv()), 'the hook'),
     weight_needed=(lambda: net(lambda m, x: m.b(m.n(m.c(x))), c=conv(), n=Needing(2, 4), b=conv()), None), # its code fails without a weight
+    two_in_one=(lambda: net(lambda m, x: m.n(m.c(x)), c=conv(), n=TwoNorms()), 'it is not always called in the same way'),
+    fixed_bias=(lambda: net(lambda m, x: m.b(m.n(m.c(x))), c=conv(), n=FixedBias(), b=conv()), None),
+    shape_needed=(lambda: net(lambda m, x: m.b(m.n(m.c(x))), c=conv(), n=Named(), b=conv()), None),
     several_axes=(lambda: net(lambda m, x: m.fc(m.n(m.c(x))), c=conv(), n=nn.LayerNorm((6, 6)), fc=nn.Linear(6, 2)), None),
     uses_the_batch=(lambda: net(lambda m, x: m.n(m.c(x)), c=conv(), n=nn.InstanceNorm2d(4)), None),
 )
+class TwoNorms(nn.Module):
+    "Two norms, each with parameters of this module"
+    def __init__(self):
+        super().__init__()
+        self.g1, self.b1, self.g2, self.b2 = (nn.Parameter(numbers(4)) for _ in range(4))
+        self.c1, self.c2 = conv().double(), conv().double()
+    def forward(self, x): return self.c2(F.group_norm(self.c1(F.group_norm(x, 2, self.g1, self.b1)), 2, self.g2, self.b2))
+class FixedBias(nn.Module):
+    "Its bias is no parameter"
+    def __init__(self): super().__init__(); self.weight = nn.Parameter(numbers(4)); self.register_buffer('bias', numbers(4))
+    def forward(self, x): return F.group_norm(x, 2, self.weight, self.bias)
+class Named(nn.Module):
+    "Its parameters have other names, and it needs them"
+    def __init__(self): super().__init__(); self.gamma, self.beta = nn.Parameter(numbers(4)), nn.Parameter(numbers(4))
+    def forward(self, x): return F.layer_norm(x.movedim(1, -1), self.gamma.shape, self.gamma, self.beta).movedim(-1, 1)
 class Needing(nn.GroupNorm):
     def forward(self, x): return super().forward(x.to(self.weight.dtype))
 
@@ -154,6 +174,17 @@ def test_an_instance_norm_with_running_statistics_is_a_batchnorm(kind, size, aff
     new = folder.fold(model, *([given] if example else []))
     assert folder.report.kept == 0 and type(new[1]) is nn.Identity and difference(run(model, (given,), {}), run(new, (given,), {})).relative < 1e-13
     assert len(BN_Folder().plan(model, *([given] if example else []))) == 0
+
+
+@examples
+def test_a_scale_that_makes_another_dtype_stays(example):
+    "bfloat16 times float32 is float32; integers over a float are floats"
+    scale = Scale(lambda m, x: x*m.g, g=numbers(4, 1, 1))
+    for layers, given in (([conv().bfloat16(), scale.float()], x.bfloat16()), ([nn.Unflatten(1, (4, 6, 6)), copy.deepcopy(scale).double(), conv().double()], (x*9).to(torch.uint8).flatten(1))):
+        model, folder = nn.Sequential(*layers).eval(), BN_Folder(scales=True)
+        new = folder.fold(model, *([given] if example else []))
+        a, b = run(model, (given,), {}), run(new, (given,), {})
+        assert a.dtype == b.dtype and torch.equal(a, b) and folder.report.folded == 0
 
 
 @examples

@@ -29,6 +29,7 @@ class Value:
     readers:list=field(default_factory=list, repr=False) # The `Call`s that read it, in order, each once
     outside:str='' # Who reads it outside of the calls, if anyone: a caller, a hook
     asked:bool=False # Does code ask for its shape, or another such thing?
+    dtype:object=None # Where it is known
 
 # %% ../../nbs/02_fold.flow.ipynb #6a2703bd
 @dataclass(eq=False)
@@ -136,7 +137,8 @@ class Flow:
         self.branches,self.undecided = set(),set() # modules that choose their way; those that may, and can't be followed
         self.traces = [] # what a symbolic trace needs to be done again
         self.failed,self.unknown = {},{} # modules that could not be traced, and why; what those can reach, and from where
-        self.names = {t: n for n,t in [*model.named_parameters(), *model.named_buffers()]}
+        self.tensors = dict([*model.named_parameters(), *model.named_buffers()])
+        self.names = {t: n for n,t in self.tensors.items()}
         self.params = {}
         for t,name in self.names.items():
             self.params[name] = Value(tuple(t.shape) if not nn.parameter.is_lazy(t) else None, name)

@@ -29,7 +29,7 @@ def own_layer(self:Finder, name, calls):
     "The arguments of a layer that is PyTorch's own, and nobody else's"
     m = self.flow.modules[name]
     if type(m) not in KINDS: raise Stop(f"{naming(name)} is a layer of another kind than PyTorch's own")
-    if any(c.op not in LAYERS for c in calls): raise Stop(f'{naming(name)} does more than its layer')
+    if not calls or any(c.op not in LAYERS for c in calls): raise Stop(f'{naming(name)} does more than its layer')
     self.known(name)
     args = [layer_call(c.op, c.args, c.kwargs) for c in calls]
     for c,a in zip(calls, args): names = self.parameters(c, a.weight, a.bias, name)
@@ -104,7 +104,7 @@ def series(self:Finder, row, calls, before):
     if any(c.op not in _any_size for c in between): raise Stop('what stands between is written for this number of channels')
     if any(len(v.readers) != 1 or v.outside or v.asked for way in ways for c in (way[:-1] if before else way[1:]) for v in c.outs): raise Stop('someone else looks at what is between')
     if not torch.equal(a.index, torch.arange(mine.outs if before else mine.ins)): raise Stop('not all of the channels arrive in their order')
-    other = geometry(a.op, self.own_layer(a.layer, self.calls_of[a.layer])[0])
+    other = geometry(a.op, self.own_layer(a.layer, self.calls_of.get(a.layer, []))[0])
     row = replace(row, absorbs=absorbs, joins='series')
     size = lambda outs, ins, groups: outs*ins//groups*prod(other.kernel)
     one = size(other.outs, mine.ins, row.joint_groups) if before else size(mine.outs, other.ins, row.joint_groups)
@@ -167,7 +167,7 @@ def beside(self:Finder, row, calls):
 @patch
 def seen_beside(self:Finder, call, other):
     "What a layer sees, or a BatchNorm: a convolution of one place, each channel by itself"
-    if call.op in LAYERS: return seen(call) if call.op == other.op else Geometry(0, 0, 1, margins=None)
+    if call.op in LAYERS or not LAYERS[other.op].spatial: return seen(call) if call.op == other.op else Geometry(0, 0, 1, margins=None) # a Linear's channels are on the last axis, a BatchNorm's on axis 1
     c,one = self.flow.params[call.args[3].name].shape[0], (1,)*LAYERS[other.op].spatial
     return Geometry(c, c, c, one, one, one, (0,)*len(one))
 

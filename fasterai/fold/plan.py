@@ -112,12 +112,23 @@ def _stat_names(flow, call): return tuple(v and v.name for v in call.args[1:5])
 def described(self:Finder, name, calls):
     "A `Row` with what the affine is made of"
     first = calls[0].args
-    if calls[0].op == 'scale': return Row(name, stats=tuple(v.name for v in first[1]), steps=tuple(first[2]), size=first[4], bare=calls[0].kwargs.get('bare', False))
+    if calls[0].op == 'scale':
+        if any(c.args[2:] != first[2:] for c in calls): raise Stop('it is not always called in the same way')
+        self.one_dtype(calls)
+        return Row(name, stats=tuple(v.name for v in first[1]), steps=tuple(first[2]), size=first[4], bare=calls[0].kwargs.get('bare', False))
     if first[5] is not False: raise Stop('it has no running statistics and uses those of the batch')
     stats = _stat_names(self.flow, calls[0])
     if len({(_stat_names(self.flow, c), c.args[7]) for c in calls}) > 1: raise Stop('it is not always called in the same way')
     if '' in stats: raise Stop('its statistics or its weight are computed' + (' (see `bake`)' if computing(self.flow.modules[name]) else ''))
     return Row(name, stats=stats, eps=first[7])
+
+@patch
+def one_dtype(self:Finder, calls):
+    "A scale may not be what makes its input a tensor of its own dtype"
+    dtypes = {self.flow.tensors[v.name].dtype for c in calls for v in c.args[1]}
+    for c in calls:
+        if len(dtypes | {c.args[0].dtype or min(dtypes, key=str)}) > 1: raise Stop('its input has another dtype')
+        if c.args[0].dtype is None and isinstance(self.origin(c.args[0]), Value): raise Unknown('its input may have another dtype')
 
 @patch
 def judge(self:Finder, name, calls, sides, confirm=None):
@@ -129,6 +140,7 @@ def judge(self:Finder, name, calls, sides, confirm=None):
         if row.bare: sides = {'after it': Finder.behind}
         else: row,sides = replace(row, rest=self.rest(name, calls)), NEIGHBOURS if row.steps else sides
         row = self.best(row, calls, sides, confirm and confirm(name))
+        if row.steps and len({self.flow.tensors[n].dtype for n in (*row.stats, *(a.weight for a in row.absorbs))}) > 1: raise Stop('what takes it in has another dtype')
         if not row.through: self.folded.add(name)
         return row
     except Stop as e: return Row(name, why=str(e))

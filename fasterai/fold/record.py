@@ -69,10 +69,10 @@ class _Recorder(TorchDispatchMode):
 
     def value(self, t):
         "The value that `t` holds"
-        if t.layout is not torch.strided: return Value(tuple(t.shape))
+        if t.layout is not torch.strided: return Value(tuple(t.shape), dtype=t.dtype)
         (values,left),geometry = self.memory.held(t),_geometry(t)
         if geometry not in values:
-            new = Value(tuple(t.shape))
+            new = Value(tuple(t.shape), dtype=t.dtype)
             if values: self.flow.add('hidden_view', ([*left, *values.values()],), {}, [new], tuple(self.stack)) # a view that nobody announced, or of what was written into
             values[geometry] = new
         return values[geometry]
@@ -84,8 +84,13 @@ class _Recorder(TorchDispatchMode):
         "Do an operation, and write it down"
         op = func.overloadpacket.__name__
         if op.removesuffix('_') not in self.known:
+            done = len(self.flow.calls)
             with self: out = func.decompose(*args, **kwargs)
-            if out is not NotImplemented: return out
+            if out is not NotImplemented:
+                read = {v for c in self.flow.calls[done:] for v in c.inputs}
+                for v in values_in(self.values((args, kwargs))):
+                    if v not in read: v.asked = True # it may be for its shape that it was given
+                return out
         if op in _decisions or op == 'index' and any(t.dtype in (torch.bool, torch.uint8) for t in values_in(args[1:], Tensor)): self.flow.branches.update(self.stack)
         written = self.written(func, args, kwargs)
         taken = self.values(args), self.values(kwargs)
@@ -112,11 +117,11 @@ class _Recorder(TorchDispatchMode):
 
     def result(self, t):
         "The value of a tensor that was just made, and whether it is a new one"
-        if t.layout is not torch.strided: return Value(tuple(t.shape)), True
+        if t.layout is not torch.strided: return Value(tuple(t.shape), dtype=t.dtype), True
         values,geometry = self.memory.at(t),_geometry(t)
         if geometry in values: return values[geometry], False
         if not values: self.made.add(t.untyped_storage()._cdata)
-        values[geometry] = Value(tuple(t.shape))
+        values[geometry] = Value(tuple(t.shape), dtype=t.dtype)
         return values[geometry], True
 
     def keep(self, t):

@@ -98,20 +98,24 @@ def read_norms(
     runs = flow.runs()
     for call in [c for c in flow.calls if c.op in NORMS]:
         given = dict(zip(NORMS[call.op], call.args)) | call.kwargs
-        x,own = given['input'], [v for v in (given.get('weight'), given.get('bias')) if v is not None]
+        x,own = given['input'], [v for v in (given.get('weight'), given.get('bias')) if v is not None] if given.get('weight') is not None else []
         if given.get('use_input_stats') is False: flow.put([Call('batch_norm', call.args, {}, call.outs, call.stack)], [call])
-        elif own and x.shape is not None and all(_is_own(v, call) for v in own) and all(works_bare(flow.modules[call.module], e) for e in runs.get(call.module, ())):
+        elif own and x.shape is not None and all(_is_own(v, call, flow) for v in own) and all(works_bare(flow.modules[call.module], e, [v.name.rpartition('.')[2] for v in own]) for e in runs.get(call.module, ())):
             between,axis = Value(x.shape), 1 if call.op in ('group_norm', 'instance_norm') else len(x.shape)-1
             steps = [(what, given[n].name) for what,n in (('mul', 'weight'), ('add', 'bias')) if given.get(n) is not None]
             flow.put([Call(call.op, (x,), {}, [between], call.stack), Call('scale', (between, own, steps, axis, own[0].shape[0]), {'bare': True}, call.outs, call.stack)], [call])
 
-def _is_own(v, call): return isinstance(v, Value) and len(v.shape or ()) == 1 and bool(v.name) and v.name.rpartition('.')[0] == call.module
+def _is_own(v, call, flow):
+    "Is `v` a parameter of the module that makes the call, with a number for each channel?"
+    if not isinstance(v, Value) or not v.name or len(v.shape) != 1: return False
+    path,_,attr = v.name.rpartition('.')
+    return path == call.module and attr in flow.modules[path]._parameters
 
 _forwards = {m.forward for m in (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm2d)}
 
 def bare(
     m:nn.Module, # Not changed
-    names:tuple=('weight', 'bias'), # Of parameters
+    names:list, # Of parameters
 )->nn.Module: # It shares what it holds with `m`
     "`m` without its parameters `names`"
     new = copy.copy(m)
@@ -123,16 +127,17 @@ def bare(
 def works_bare(
     m:nn.Module,
     entry:Entry, # One of its runs
+    names:list, # Of its weight, and of its bias if it has one
 )->bool: # `False` also where that can't be seen
     "Does `m` still run without a weight and a bias, and do what it does with a weight of one and a bias of zero?"
     if type(m).forward in _forwards and 'forward' not in vars(m): return True
     t = next((p for p in m._parameters.values() if p is not None), None)
     if not entry.one or t is None or t.is_meta or entry.args[0].shape is None: return False
     sizes = [n or 3 for n in entry.args[0].shape]
-    ones,x = bare(m), torch.linspace(-1, 1, prod(sizes), dtype=t.dtype, device=t.device).view(sizes)
-    ones._parameters = {n: torch.full_like(p, n == 'weight') if p is not None and n in ('weight', 'bias') else p for n,p in m._parameters.items()}
+    ones,x = bare(m, ()), torch.linspace(-1, 1, prod(sizes), dtype=t.dtype, device=t.device).view(sizes)
+    for n,value in zip(names, (1., 0.)): ones._parameters[n] = torch.full_like(m._parameters[n], value)
     try:
-        with torch.no_grad(): return torch.allclose(type(m).forward(ones, x), type(m).forward(bare(m), x))
+        with torch.no_grad(): return torch.allclose(type(m).forward(ones, x), type(m).forward(bare(m, names), x))
     except (RuntimeError, TypeError, ValueError, AttributeError): return False
 
 # %% ../../nbs/05_fold.scale.ipynb #344e62e2

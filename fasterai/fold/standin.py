@@ -54,6 +54,9 @@ class _Value(_Number):
         if not hasattr(Tensor, name): raise AttributeError(f"'Tensor' object has no attribute {name!r}")
         if name in _asked: return self.tracer.create_proxy('call_function', getattr, (self, name), {})
         return super().__getattr__(name)
+    def __setattr__(self, name, v):
+        if hasattr(Tensor, name): raise Opaque(self.tracer.here(), f'it sets the `{name}` of a tensor')
+        super().__setattr__(name, v)
     def __setitem__(self, i, v): self.tracer.create_proxy('call_function', operator.setitem, (self, i, v), {})
 
 INPLACE = [f'i{n}' for n in ('add', 'sub', 'mul', 'truediv', 'floordiv', 'mod', 'pow', 'matmul', 'and', 'or', 'xor', 'lshift', 'rshift')]
@@ -93,6 +96,7 @@ def _len(o):
 def _numbers(tree):
     "The numbers in a nested structure"
     if isinstance(tree, (int, float)): return [tree]
+    if isinstance(tree, slice): tree = tree.start, tree.stop, tree.step
     if isinstance(tree, dict): tree = tree.values()
     return [n for o in tree for n in _numbers(o)] if isinstance(tree, (tuple, list, type({}.values()))) else []
 
@@ -269,7 +273,8 @@ class _Tracer(fx.proxy.TracerBase):
         if kind in (tuple, list): return kind([self.create_arg(o) for o in a])
         if not issubclass(kind, Tensor): return super().create_arg(a)
         p = self.stand_in(a)
-        return p.node if issubclass(type(p), fx.Proxy) else self.create_node('get_attr', '', (), {})
+        if issubclass(type(p), fx.Proxy): return p.node
+        return self.create_node('get_attr', '', (str(a.item()),) if a.numel() == 1 and not a.is_meta else (), {})
 
     def create_node(self, kind, target, args, kwargs, name=None, type_expr=None):
         node = _Node(f'n{len(self.nodes)}', kind, target, args, kwargs, tuple(self.stack))
@@ -278,11 +283,17 @@ class _Tracer(fx.proxy.TracerBase):
 
     def outline(self, gone=()):
         "What was done, where, and with which numbers, but for the modules called `gone`"
-        return [(n.op, n.target, n.stack[-1], n.op != 'call_module' and _numbers((n.args, n.kwargs))) for n in self.nodes if n.op not in ('get_attr', 'output') and n.target not in gone and n.stack[-1] not in gone]
+        return [(n.op, n.target, n.stack[-1], n.args if n.op == 'get_attr' else n.op != 'call_module' and _numbers((n.args, n.kwargs))) for n in self.nodes if (n.op != 'get_attr' or not n.target) and n.op != 'output' and n.target not in gone and n.stack[-1] not in gone]
+
+    def called(self):
+        "The modules that were called"
+        return [stack[-1] for stack,*_ in self.calls]
 
     def signature(self):
-        "What was done, where, and what came of it"
-        return [o[:3] for o in self.outline()], [n.args for n in self.nodes if n.op == 'output'], self.kept
+        "What was done, where, and what came of it, whatever it was given"
+        done = [n for n in self.nodes if n.op not in ('get_attr', 'output', 'placeholder')]
+        at = {n: i for i,n in enumerate(done)}
+        return [(n.op, n.target, n.stack[-1]) for n in done], [[at.get(o) for o in n.args] for n in self.nodes if n.op == 'output'], [at.get(n) for n in self.kept]
 
     @contextmanager
     def watching(self):

@@ -129,7 +129,7 @@ def _op_name(target, args):
     name = target if isinstance(target, str) else getattr(target, '__name__', type(target).__name__)
     if name in INPLACE: return name[1:], True
     if name == 'setitem' or name.startswith('__i') and name.strip('_') in INPLACE: return name.strip('_').removeprefix('i'), True
-    return (name[:-1], True) if name.endswith('_') and not name.startswith('_') else (name, False)
+    return (name[:-1], True) if name.endswith('_') and not name.startswith('__') else (name, False)
 
 class _Graph:
     "Adds the calls of one graph to a flow"
@@ -200,11 +200,11 @@ def trace_flow(
             if type(m).forward is nn.Sequential.forward and name and seen.issuperset(m): continue # nobody calls it, but for what it holds
             seen.add(m)
             tracers = _trace_root(m, flow, names, opaque)
-            if _flags_matter(tracers): flow.branches.add(name)
+            if len({str(t.signature()) for t in tracers}) > 1: flow.branches.add(name) # an argument that may be left out, or a True or False, chooses its way
             for tracer in tracers:
                 seen.update(flow.modules[stack[-1]] for stack,*_ in tracer.calls)
                 flow.branches |= tracer.branched
-                flow.traces.append((name, tracer.variant, set(opaque), tracer.outline()))
+                flow.traces.append((name, tracer.variant, set(opaque), tracer.outline(), tracer.called()))
                 _Graph(flow, tracer)
     read_written_out(flow)
     flow.note_hooks()
@@ -218,21 +218,16 @@ def same_outline(
 )->str: # '' or what differs
     "Does the code of a folded model still do what it did?"
     names,new = {m: n for n,m in folded.named_modules()}, Flow(folded)
+    outside = lambda called: [n for n in called if not any(n[:i] in gone for i,c in enumerate(n) if c == '.')] # what one that is gone called may be gone too
     with _lock:
-        for name,variant,opaque,outline in flow.traces:
-            try: now = trace_ways(new.modules[name], names, new.names, opaque, variant).outline(gone)
+        for name,variant,opaque,outline,called in flow.traces:
+            try: now = trace_ways(new.modules[name], names, new.names, opaque, variant)
             except (Opaque, Exception) as e:
                 if must_run: return f"{naming(name)} fails: {getattr(e, 'why', e)}"
                 continue
             was = [o for o in outline if not (o[0] == 'call_module' and o[1] in gone) and o[2] not in gone]
-            if now != was: return f'{naming(name)} computes something else'
+            if now.outline(gone) != was or outside(now.called()) != outside(called): return f'{naming(name)} computes something else'
     return ''
-
-def _flags_matter(tracers):
-    "Does a True or False that a `forward` is given choose its way?"
-    seen = {}
-    for t in tracers: seen.setdefault(str([way for _,way in t.variant if not isinstance(way, bool)]), set()).add(str(t.signature()))
-    return any(len(s) > 1 for s in seen.values())
 
 def _trace_root(m, flow, names, opaque):
     "A tracer for each variant of `m`'s arguments, with as few opaque modules as it takes"

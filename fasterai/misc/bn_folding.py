@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from ..fold.apply import Unfit, copied, fold_inplace, folded_copy, new_weights
+from ..fold.apply import Unfit, apart, copied, fold_inplace, folded_copy, new_weights
 from ..fold.bake import bake
 from ..fold.carry import CARRIERS
 from ..fold.flow import hook_name, naming, same_random_state
@@ -155,7 +155,7 @@ class BN_Folder:
 
     def _in_steps(self, model, xs, kwargs, inplace=False):
         "Prepare a copy, or `model` itself, fold it, and merge layers until there are none left to merge"
-        if not inplace: model = copied(model)
+        if not inplace: model = apart(model)
         back,want,rows,notes = self._prepare(model, xs, kwargs)
         sides = (PARALLEL if self.reparameterize else {}) | (SERIES if self.series else {})
         with ExitStack() as undo:
