@@ -81,7 +81,9 @@ def seen(
     call:Call, # Of a layer
 )->Geometry:
     "What the layer sees that `call` calls"
-    return geometry(call.op, layer_call(call.op, call.args, call.kwargs))
+    args = layer_call(call.op, call.args, call.kwargs)
+    if getattr(args.weight, 'shape', None) is None: raise Stop(f'the weight of {naming(call.module)} is computed')
+    return geometry(call.op, args)
 
 def sees_one_place(
     g:Geometry,
@@ -152,7 +154,7 @@ def beside(self:Finder, row, calls):
     "`row` with the layer beside it that can do what it does"
     found,ways = [],[]
     for call in calls:
-        partners = [(c, adds) for c,adds in _partners(call) if c.op in LAYERS and c.module != row.name and c.args[0] is call.args[0] and fits(self.seen_beside(call, c), seen(c))]
+        partners = [(c, adds) for c,adds in _partners(call) if c.op in LAYERS and type(self.flow.modules[c.module]) in KINDS and c.module != row.name and c.args[0] is call.args[0] and fits(self.seen_beside(call, c), seen(c))]
         if not partners: raise Stop('no layer beside it can do what it does')
         other,adds = max(partners, key=lambda p: prod(seen(p[0]).kernel))
         self.nothing_written(*sorted((call, other), key=lambda c: c.index)) # into what both read
