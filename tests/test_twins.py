@@ -161,8 +161,13 @@ keeps_with_example = dict(
     input_written_later=(lambda: (net(lambda m, x: m.fc(b.flatten(1)) if (y := x*1) is not None and (b := m.bn(y)) is not None and y.zero_() is not None else 0, bn=bn(), fc=lin(144)), x), 'may write into its input'),
     taken_out_by_numpy=(lambda: (net(lambda m, x: m.bn(c) + float(c.detach().numpy().sum()) if (c := m.conv(x)) is not None else 0, conv=conv(), bn=bn()), x), 'numpy'),
     other_way_on_other_data=(lambda: (net(lambda m, x: m.bn(m.conv(x)) if x.mean() > -9 else m.conv(x), conv=conv(), bn=bn()), x, ), ''),
+    other_way_for_another_size=(lambda: (Any(lambda m, x: m.bn(m.conv(x).relu() if x.shape[0] > 5 else m.conv(x)), conv=conv(), bn=bn()).double().eval(), x), 'chooses its way'),
     kept_on_the_module=(lambda: (net(lambda m, x: m.bn(m.keep(m.conv(x))), conv=conv(), bn=bn(), keep=Keep()), x), 'also read'),
 )
+class Any(nn.Module):
+    "Takes any number of arguments, so that its code can't be followed"
+    def __init__(self, f, **layers): super().__init__(); self.f = f; [self.add_module(n, m) for n, m in layers.items()]
+    def forward(self, *xs): return self.f(self, *xs)
 class Keep(nn.Module):
     def forward(self, x): self.last = x; return x
 

@@ -145,6 +145,7 @@ class _Leaks(TorchFunctionMode):
             self.recorder.flow.branches.update(self.recorder.stack)
         elif getattr(func, '__name__', '') in _asks:
             with torch._C.DisableTorchFunction(): self.recorder.value(args[0]).asked = True
+            self.recorder.flow.askers.update(self.recorder.stack[-1:])
         return func(*args, **(kwargs or {}))
 
 # %% ../../nbs/04_fold.record.ipynb #041d4c9f
