@@ -293,6 +293,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'fasterai/fold/record.py'),
                                       'fasterai.fold.record._entries': ('fold.record.html#_entries', 'fasterai/fold/record.py'),
                                       'fasterai.fold.record._geometry': ('fold.record.html#_geometry', 'fasterai/fold/record.py'),
+                                      'fasterai.fold.record._name': ('fold.record.html#_name', 'fasterai/fold/record.py'),
                                       'fasterai.fold.record._note_alive': ('fold.record.html#_note_alive', 'fasterai/fold/record.py'),
                                       'fasterai.fold.record.record_flow': ('fold.record.html#record_flow', 'fasterai/fold/record.py'),
                                       'fasterai.fold.record.tensors_in': ('fold.record.html#tensors_in', 'fasterai/fold/record.py')},

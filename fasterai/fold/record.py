@@ -134,7 +134,12 @@ class _Recorder(TorchDispatchMode):
         for storage,old in self.saved.values(): storage.copy_(old)
 
 # %% ../../nbs/04_fold.record.ipynb #f01e6d94
-_asks = {'__get__', 'size', 'dim', 'ndimension', 'numel', 'nelement', '__len__', 'stride'}
+_asks = {'shape', 'ndim', 'nbytes', 'size', 'dim', 'ndimension', 'numel', 'nelement', '__len__', 'stride'}
+
+def _name(func):
+    "What is called, or, where an attribute is read, which"
+    name = getattr(func, '__name__', '')
+    return getattr(func.__self__, '__name__', '') if name == '__get__' else name
 
 class _Leaks(TorchFunctionMode):
     "Marks the values that Python takes out, and those whose shape it asks for"
@@ -143,7 +148,7 @@ class _Leaks(TorchFunctionMode):
         if getattr(func, '__name__', '') in _leaks and args and isinstance(args[0], Tensor):
             with torch._C.DisableTorchFunction(): self.recorder.value(args[0]).outside = f'`{func.__name__}`'
             self.recorder.flow.branches.update(self.recorder.stack)
-        elif getattr(func, '__name__', '') in _asks:
+        elif _name(func) in _asks:
             with torch._C.DisableTorchFunction(): self.recorder.value(args[0]).asked = True
             self.recorder.flow.askers.update(self.recorder.stack[-1:])
         return func(*args, **(kwargs or {}))
