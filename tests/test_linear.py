@@ -218,7 +218,7 @@ def test_an_exception_leaves_the_model_as_it_was(example, monkeypatch):
     "In place, after the BatchNorms were folded and while the layers are merged"
     from fasterai.fold import apply
     def broken(*args): raise KeyboardInterrupt
-    for name in ('in_series', 'in_parallel', '_sizes'):
+    for name in ('in_series', 'in_parallel', '_edits'):
         torch.manual_seed(0)
         model = randomise(both())
         before = snapshot(model)

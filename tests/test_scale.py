@@ -153,6 +153,22 @@ def test_folds_what_a_normalisation_does_last(name, example):
     assert folder.fold(model, *([x] if example else []), inplace=True) is model and difference(want, run(model, (x,), {})).relative < 1e-13
     model.load_state_dict(new.state_dict())
 
+class Holds(nn.Module):
+    "Normalises with parameters of its own, and holds a BatchNorm"
+    def __init__(self): super().__init__(); self.g, self.b, self.c, self.n = nn.Parameter(numbers(4)), nn.Parameter(numbers(4)), conv(), nn.BatchNorm2d(4)
+    def forward(self, x): return self.n(self.c(F.group_norm(x, 2, self.g, self.b)))
+
+@examples
+@pytest.mark.parametrize('inplace', [False, True])
+def test_what_stays_bare_may_hold_what_goes(example, inplace):
+    torch.manual_seed(0)
+    model, folder = randomise(nn.Sequential(conv(), Holds())), BN_Folder(scales=True)
+    want, before = run(model, (x,), {}), snapshot(model)
+    new = folder.fold(model, *([x] if example else []), inplace=inplace)
+    if not inplace: assert_untouched(model, before)
+    assert folder.report.kept == 0 and len(folder.report) == 2 and new[1].g is new[1].b is None and type(new[1].n) is nn.Identity
+    assert difference(want, run(new, (x,), {})).relative < 1e-13
+
 @examples
 @pytest.mark.parametrize('name', norms_kept)
 def test_keeps_what_a_normalisation_does_last(name, example):

@@ -20,7 +20,7 @@ from .compose import in_parallel, in_series
 from .flow import under
 from .layers import absorb, absorb_batchnorm, grouped, in_channels, like, out_channels, ungrouped
 from .plan import Plan
-from .scale import bare, scale_affine
+from .scale import bared, scale_affine
 
 # %% ../../nbs/07_fold.apply.ipynb #5c653ecd
 class Unfit(ArithmeticError):
@@ -118,7 +118,6 @@ def _joint(row, tensors):
 def _replacement(bn, row, new):
     "What a folded BatchNorm becomes"
     kept = [(n.rpartition('.')[2], bn.get_submodule(n.rpartition('.')[2])) for n in row.rest]
-    if row.bare: return bare(bn, [n.rpartition('.')[2] for n in row.stats])
     if row.through: made = ChannelClamp(new[_inside(row.name, 'lower')], new[_inside(row.name, 'upper')], row.alone)
     elif row.joins == 'parallel': made = Nothing(new[row.absorbs[0].weight])
     else: made = nn.Sequential(OrderedDict(kept)) if kept else nn.Identity()
@@ -141,7 +140,7 @@ class Nothing(nn.Module):
 def _swaps(model, plan, new):
     "Each module that goes, and what comes in its place"
     for row in plan:
-        if not row.folded: continue
+        if not row.folded or row.bare: continue
         bn = model.get_submodule(row.name)
         yield bn, _replacement(bn, row, new)
         if row.through and not under(row.through, row.name): yield model.get_submodule(row.through), nn.Identity()
@@ -152,13 +151,16 @@ def _parameters(model, new):
         m,attr = _holder(model, name)
         if attr in m._parameters: yield m, attr, t
 
-def _sizes(plan, new):
-    "The layers that are given other sizes, by name, and those"
+def _edits(model, plan, new):
+    "What changes in modules that stay, for they scale no more, or are of other sizes: the dicts, and their new entries"
     for row in plan:
-        if row.joins != 'series': continue
-        a,groups = row.absorbs[0], row.joint_groups
-        sizes = dict(out=out_channels(a.op, new[a.weight], groups), **{'in': in_channels(a.op, new[a.weight], groups)})
-        yield a.layer, {f'{n}_features': o for n,o in sizes.items()} if a.op == 'linear' else {f'{n}_channels': o for n,o in sizes.items()} | dict(groups=groups)
+        if row.folded and row.bare:
+            m = model.get_submodule(row.name)
+            yield from zip((m._parameters, vars(m)), bared(m, [n.rpartition('.')[2] for n in row.stats]))
+        if row.joins == 'series':
+            a,groups = row.absorbs[0], row.joint_groups
+            outs,ins = (channels(a.op, new[a.weight], groups) for channels in (out_channels, in_channels))
+            yield vars(model.get_submodule(a.layer)), dict(out_features=outs, in_features=ins) if a.op == 'linear' else dict(out_channels=outs, in_channels=ins, groups=groups)
 
 def become(
     m:nn.Module, # Changed, whoever holds it
@@ -211,12 +213,12 @@ def folded_copy(
     memo,rewritten = {},{}
     for m,attr,t in _parameters(model, new):
         if (p := m._parameters[attr]) is not None: rewritten[id(t)] = memo[id(p)] = type(p)(t, requires_grad=p.requires_grad)
-    for m,made in [*_swaps(model, plan, new)]: memo[id(m)] = copy.deepcopy(made, memo) if made._modules or type(made) is type(m) else made
+    for m,made in [*_swaps(model, plan, new)]: memo[id(m)] = copy.deepcopy(made, memo) if made._modules else made
     out = copied(model, memo)
     for m,attr,t in _parameters(out, new):
         if m._parameters[attr] is None: _gain_bias(m, attr, t)
         elif m._parameters[attr] is not rewritten[id(t)]: raise TypeError(f'the `{attr}` of a {type(m).__name__} is not in the copy: a `__deepcopy__` of its own made another')
-    for name,sizes in _sizes(plan, new): vars(out.get_submodule(name)).update(sizes)
+    for held,entries in _edits(out, plan, new): held.update(entries)
     return out
 
 # %% ../../nbs/07_fold.apply.ipynb #9f9470f5
@@ -236,9 +238,8 @@ def fold_inplace(
             else:
                 undo.callback(m._parameters.__setitem__, attr, None)
                 _gain_bias(m, attr, t)
-        for name,sizes in _sizes(plan, new):
-            attrs = vars(model.get_submodule(name))
-            undo.callback(attrs.update, {n: attrs[n] for n in sizes})
-            attrs.update(sizes)
+        for held,entries in _edits(model, plan, new):
+            undo.callback(held.update, {n: held[n] for n in entries})
+            held.update(entries)
         for m,made in _swaps(model, plan, new): undo.callback(become(m, made))
         return undo.pop_all().close

@@ -6,7 +6,6 @@
 __all__ = ['CLAMPS', 'Absorb', 'Finder', 'uses_bias']
 
 # %% ../../nbs/05_fold.finder.ipynb #c232e95a
-import copy
 from dataclasses import dataclass
 from math import inf
 
@@ -18,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .bake import computing
 from .carry import CARRIERS, ORDERS, PARTS, Stop, Unknown, cross, nothing
-from .flow import Call, Value, mapped, naming, under
+from .flow import Call, Value, altered, mapped, naming, under
 from .layers import LAYERS, NORMS, absorbs_before, in_channels, layer_call, out_channels
 from .standin import plain_batchnorm, reached_into
 
@@ -218,8 +217,7 @@ def uses_bias(
 )->bool: # `False` also where that can't be seen
     "Would `m` use a bias if it had one, on inputs of several sizes?"
     if 'bias' not in m._parameters or m._parameters.get('weight') is None: return False
-    probe = copy.copy(m)
-    probe.__dict__ = {**vars(m), '_parameters': {n: p if p is None else nn.Parameter(p.detach().to('meta'), False) for n,p in m._parameters.items()}}
+    probe = altered(m, _parameters={n: p if p is None else nn.Parameter(p.detach().to('meta'), False) for n,p in m._parameters.items()})
     w,groups = probe.weight, getattr(m, 'groups', 1)
     bias = probe._parameters['bias'] = nn.Parameter(w.new_empty(out_channels(op, w, groups)), False)
     rank = LAYERS[op].spatial+2
