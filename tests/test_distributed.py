@@ -1,6 +1,4 @@
 "A real training run of two processes (gloo, on this machine), folded in each of them: they agree, and with the unfolded network."
-import os, socket
-
 import pytest, torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -37,20 +35,17 @@ def gathered(t):
     return ts
 
 
-def joined(rank, port, backend='gloo'):
-    "Join the other process"
-    os.environ |= dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    dist.init_process_group(backend, rank=rank, world_size=2)
+def joined(rank, store, backend='gloo'):
+    "Join the other process: they meet in a file, which no third one can take from them, as it could a free port"
+    dist.init_process_group(backend, init_method=f'file://{store}', rank=rank, world_size=2)
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
+@pytest.fixture
+def store(tmp_path): return tmp_path/'store'
 
 
-def work(rank, port, sync):
-    joined(rank, port)
+def work(rank, store, sync):
+    joined(rank, store)
     torch.set_num_threads(1)
     model, x, bn = trained(rank, sync), torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(9)), BN_Folder()
     model(x) # gives every process the statistics of the first, as any forward does
@@ -72,17 +67,17 @@ def work(rank, port, sync):
 
 
 @pytest.mark.parametrize('sync', [False, True], ids=['BatchNorm', 'SyncBatchNorm'])
-def test_two_processes(sync):
-    mp.spawn(work, args=(free_port(), sync), nprocs=2)
+def test_two_processes(sync, store):
+    mp.spawn(work, args=(store, sync), nprocs=2)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two CUDA devices: a SyncBatchNorm trains on GPUs alone')
-def test_sync_batchnorm_trained():
-    mp.spawn(work_cuda, args=(free_port(),), nprocs=2)
+def test_sync_batchnorm_trained(store):
+    mp.spawn(work_cuda, args=(store,), nprocs=2)
 
 
-def work_cuda(rank, port):
-    joined(rank, port, 'nccl')
+def work_cuda(rank, store):
+    joined(rank, store, 'nccl')
     torch.manual_seed(0)
     model = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))).to(rank)
     model = DistributedDataParallel(model, device_ids=[rank])
@@ -95,8 +90,8 @@ def work_cuda(rank, port):
     dist.destroy_process_group()
 
 
-def sharded(rank, port):
-    joined(rank, port)
+def sharded(rank, store):
+    joined(rank, store)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()
@@ -109,7 +104,7 @@ def sharded(rank, port):
     dist.destroy_process_group()
 
 
-def test_sharded_parameters():
+def test_sharded_parameters(store):
     pytest.importorskip('torch.distributed.fsdp', reason='this PyTorch has no FSDP')
     if not hasattr(torch.distributed.fsdp, 'fully_shard'): pytest.skip('this PyTorch has no `fully_shard`')
-    mp.spawn(sharded, args=(free_port(),), nprocs=2)
+    mp.spawn(sharded, args=(store,), nprocs=2)
