@@ -28,6 +28,7 @@ def label(page, name): return f'{page}-{name.removeprefix(page + ".").lower()}' 
 
 def url_of(name):
     "Where `name` is documented: here, at PyTorch, at fastai; `None` where nowhere"
+    if name.rpartition('.')[2].startswith('_'): return None
     found = lookup.doc(name)
     if found and not found.startswith('http'): return '#' + label(found[1:found.index('.html#')], name.removeprefix('fasterai.'))
     path, _, last = re.sub(r'^(torch\.)?(?=nn\.)|^F\.', lambda m: '' if m[0] != 'F.' else 'nn.functional.', name).rpartition('.')

@@ -140,12 +140,6 @@ def test_in_series(name, example):
     assert not any(r.is_layer for r in BN_Folder().plan(model))
 
 @examples
-@pytest.mark.parametrize('name', series_kept)
-def test_not_in_series(name, example):
-    _, new, folder = merged(series_kept[name], example, series=True)
-    assert len(folder.report) == 0, folder.report
-
-@examples
 @pytest.mark.parametrize('name', parallel)
 def test_in_parallel(name, example):
     make, names = parallel[name]
@@ -156,9 +150,9 @@ def test_in_parallel(name, example):
     new.load_state_dict(copy.deepcopy(new).state_dict())
 
 @examples
-@pytest.mark.parametrize('name', parallel_kept)
-def test_not_in_parallel(name, example):
-    _, new, folder = merged(parallel_kept[name], example, reparameterize=True)
+@pytest.mark.parametrize('make, switch', [pytest.param(make, switch, id=f'{switch}-{name}') for switch, kept in dict(series=series_kept, reparameterize=parallel_kept).items() for name, make in kept.items()])
+def test_keeps(make, switch, example):
+    _, new, folder = merged(make, example, **{switch: True})
     assert len(folder.report) == 0, folder.report
 
 

@@ -7,7 +7,7 @@ __all__ = ['Unfit', 'new_weights', 'Nothing', 'become', 'copied', 'apart', 'fold
 
 # %% ../../nbs/07_fold.apply.ipynb #3ad24c5c
 import copy
-from collections import OrderedDict
+from collections import ChainMap, OrderedDict
 from collections.abc import Callable
 from contextlib import ExitStack
 
@@ -93,8 +93,9 @@ def new_weights(
         if not _finite(w2, b2) and _finite(w, b) or weight in reach and not _precise(a, w, w2, before, after, reach[weight]): raise Unfit(a.layer)
         new[weight] = w2
         if a.bias or shifts: new[a.bias or _inside(a.layer, 'bias')] = b2
+    current = ChainMap(new, tensors)
     for row in plan:
-        if row.joins: new |= _joint(row, tensors | new)
+        if row.joins: new |= _joint(row, current)
     return new
 
 def _joint(row, tensors):

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .carry import CARRIERS, ORDERS, PARTS, Stop
+from .carry import CARRIERS, ORDERS, PARTS, SAME, Stop
 from .finder import Absorb, Finder
 from .flow import Call, Flow, Value, naming
 from .layers import LAYERS, LayerCall, in_channels, layer_call, out_channels
@@ -92,7 +92,6 @@ def sees_one_place(
     return g.margins is not None and {*g.kernel, *g.stride} <= {1} and not any(g.margins)
 
 # %% ../../nbs/07_fold.linear.ipynb #9abe7f40
-_same_places = ORDERS | {'dropout', 'dropout1d', 'dropout2d', 'dropout3d', 'feature_dropout', 'alpha_dropout', 'clone', 'contiguous', 'detach'}
 _any_size = CARRIERS.keys() - PARTS - set('''view reshape unflatten _unsafe_view view_as reshape_as squeeze cat concat concatenate add sub
                                               pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle'''.split()) # they are written for any number of channels
 
@@ -111,7 +110,7 @@ def series(self:Finder, row, calls, before):
     size = lambda outs, ins, groups: outs*ins//groups*prod(other.kernel)
     one = size(other.outs, mine.ins, row.joint_groups) if before else size(mine.outs, other.ins, row.joint_groups)
     stays = size(other.outs, other.ins, other.groups)
-    if not (one < stays + mine.outs*mine.ins//mine.groups if all(c.op in _same_places for c in between) else one <= stays): raise Stop('one layer would do more work than the two')
+    if not (one < stays + mine.outs*mine.ins//mine.groups if all(c.op in ORDERS | SAME for c in between) else one <= stays): raise Stop('one layer would do more work than the two')
     return row, ways
 
 SERIES = {'into the layer before it': lambda finder,row,calls: finder.series(row, calls, False),
@@ -154,9 +153,10 @@ def beside(self:Finder, row, calls):
     "`row` with the layer beside it that can do what it does"
     found,ways = [],[]
     for call in calls:
-        partners = [(c, adds) for c,adds in _partners(call) if c.op in LAYERS and type(self.flow.modules[c.module]) in KINDS and c.module != row.name and c.args[0] is call.args[0] and fits(self.seen_beside(call, c), seen(c))]
+        layers = [(c, adds, seen(c)) for c,adds in _partners(call) if c.op in LAYERS and type(self.flow.modules[c.module]) in KINDS and c.module != row.name and c.args[0] is call.args[0]]
+        partners = [p for p in layers if fits(self.seen_beside(call, p[0]), p[2])]
         if not partners: raise Stop('no layer beside it can do what it does')
-        other,adds = max(partners, key=lambda p: prod(seen(p[0]).kernel))
+        other,adds,_ = max(partners, key=lambda p: prod(p[2].kernel))
         self.nothing_written(*sorted((call, other), key=lambda c: c.index)) # into what both read
         found.append(other)
         ways.append([call, *adds, other])

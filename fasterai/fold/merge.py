@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .apply import become, copied
 from .flow import hook_name, naming, same_random_state, under, untouched
 from .plan import Row
-from .verify import cloned, difference, tolerance_for, run, tensors_in
+from .verify import cloned, difference, run, tensors_in, tolerance_for
 
 # %% ../../nbs/09_fold.merge.ipynb #bd6e39f5
 METHODS = 'reparameterize', 'switch_to_deploy', 'fuse' # in this order

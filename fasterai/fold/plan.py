@@ -125,10 +125,9 @@ def described(self:Finder, name, calls):
 @patch
 def one_dtype(self:Finder, calls):
     "A scale may not be what makes its input a tensor of its own dtype"
-    dtypes = {self.flow.tensors[v.name].dtype for c in calls for v in c.args[1]}
-    for c in calls:
-        if len(dtypes | {c.args[0].dtype or min(dtypes, key=str)}) > 1: raise Stop('its input has another dtype')
-        if c.args[0].dtype is None and isinstance(self.origin(c.args[0]), Value): raise Unknown('its input may have another dtype')
+    dtypes = {self.flow.tensors[v.name].dtype for c in calls for v in c.args[1]} | {c.args[0].dtype for c in calls}
+    if len(dtypes - {None}) > 1: raise Stop('its input has another dtype')
+    if any(c.args[0].dtype is None and isinstance(self.origin(c.args[0]), Value) for c in calls): raise Unknown('its input may have another dtype')
 
 @patch
 def judge(self:Finder, name, calls, sides, confirm=None):

@@ -18,6 +18,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .carry import SAME
 from .flow import Entry, Flow, Value, mapped, read_written_out, same_random_state, untouched, values_in
 
 # %% ../../nbs/04_fold.record.ipynb #87d216db
@@ -55,7 +56,7 @@ class _Memory:
 _decisions = {'item', '_local_scalar_dense', 'is_nonzero', 'equal', 'allclose', 'nonzero', 'nonzero_numpy', 'masked_select', 'unique', '_unique2', 'unique_dim', 'unique_consecutive'}
 _leaks = {'numpy', 'tolist', '__array__', 'data_ptr', '__dlpack__', 'storage', 'untyped_storage', 'share_memory_', '__repr__', '__str__', '__format__', '__reduce_ex__', '__deepcopy__', '__cuda_array_interface__'}
 
-_same = {'contiguous', 'detach', 'alias', 'flatten', 'dropout', 'dropout1d', 'dropout2d', 'dropout3d', 'feature_dropout', 'alpha_dropout'} # give what they are given, whatever its size
+_as_given = SAME | {'alias', 'flatten'} # give what they are given, whatever its size
 
 class _Recorder(TorchDispatchMode):
     "Writes every operation into a flow"
@@ -100,7 +101,7 @@ class _Recorder(TorchDispatchMode):
         for t in written: self.memory.write(t)
         new = [self.result(t) for t in [*written, *values_in(out, Tensor)]]
         made = [v for v,fresh in new if fresh]
-        if not made and not written and op not in _same: # it gives what it was given, as it is written perhaps for this size alone
+        if not made and not written and op not in _as_given: # it gives what it was given, as it is written perhaps for this size alone
             for v in values_in(taken): v.asked = True
         if made or written or not values_in(out, Tensor):
             self.flow.add(op.removesuffix('_'), *taken, [v for v,_ in new][len(written):] or made, tuple(self.stack), bool(written))

@@ -26,7 +26,7 @@ from ..fold.record import record_flow
 from ..fold.report import Report
 from ..fold.scale import read_norms, read_scales
 from ..fold.trace import same_outline, trace_flow
-from ..fold.verify import Difference, cloned, compare, count_parameters, difference, first_difference, tolerance_for, run, tensors_in, to_double, tolerance
+from ..fold.verify import Difference, cloned, compare, count_parameters, difference, first_difference, run, tensors_in, to_double, tolerance, tolerance_for
 
 # %% ../../nbs/10_misc.bn_folding.ipynb #dc2a18b2
 class FoldError(RuntimeError):
@@ -147,7 +147,7 @@ class BN_Folder:
                 elif self.reparameterize:
                     back,rows,notes = merge(model, *cloned((xs, kwargs)))
                     undo.callback(back)
-                found = None if want is None else _difference(want, run(model, *cloned((xs, kwargs))))
+                found = _difference(want, run(model, *cloned((xs, kwargs)))) if want is not None and (self.bake or self.reparameterize) else None
             except Exception as e: raise FoldError(f"the model does not run any more ({type(e).__name__}: {e}) once its weights are plain and its modules merged: {advice}") from e
             if found and found.relative > tolerance_for(want, model):
                 raise FoldError(f"the model's outputs differ by {found.largest:.3g} (relative {found.relative:.2g}) once its weights are plain and its modules merged: {advice}")
