@@ -323,6 +323,25 @@ def test_a_forward_that_looks_at_its_layers_on_another_way():
     with pytest.raises(FoldError, match='takes another way'): BN_Folder().fold(model, x)
 
 
+is_bn = lambda m: isinstance(m.bn, nn.BatchNorm2d)
+looks = dict( # the same operations, with something else
+    at_another_value=lambda m, x: (y := m.bn(m.conv(x)), (y.relu(), y.neg())[is_bn(m)])[1],
+    in_another_way=lambda m, x: F.interpolate(m.bn(m.conv(x)), scale_factor=2, mode='nearest' if is_bn(m) else 'bicubic'),
+    in_another_type=lambda m, x: m.bn(m.conv(x)).to(torch.float64 if is_bn(m) else torch.float32),
+    by_another_name=lambda m, x: m.bn(m.conv(x)).sum(**{'dim' if is_bn(m) else 'keepdim': 1}),
+    in_another_order=lambda m, x: m.bn(m.conv(x))[(..., 0) if is_bn(m) else (0, ...)],
+    with_another_weight=lambda m, x: F.conv2d(m.bn(m.conv(x)), m.a.weight if is_bn(m) else m.b.weight),
+    with_another_number=lambda m, x: m.bn(m.conv(x))*(2 if is_bn(m) else 3),
+)
+
+@pytest.mark.parametrize('name', looks)
+def test_a_forward_that_looks_at_its_layers(name):
+    model = net(looks[name], conv=conv(), bn=bn(), a=conv(), b=conv())
+    with pytest.raises(FoldError, match='takes another way'): BN_Folder().fold(model)
+    twin = net(lambda m, x: F.conv2d(m.bn(m.conv(x)), m.a.weight).relu(), conv=conv(), bn=bn(), a=conv())
+    assert fold(twin, x, example=False)[1]['bn'].folded
+
+
 def train_it(m, x): m.bn.train(); return m.bn(m.conv(x))
 def train_it_and_back(m, x):
     m.bn.training = True

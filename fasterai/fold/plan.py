@@ -80,8 +80,8 @@ class Plan:
         return Plan((*(new.pop(r.name, r) for r in self), *new.values()))
     @property
     def gone(self):
-        "Names of the modules that do not do any more what they did"
-        return {n for r in self if r.folded and not r.bare for n in (r.name, r.through or r.name, *(a.layer for a in r.absorbs if r.joins == 'series'))}
+        "Names of the modules that do not do any more what they did, and whether they give what they are given"
+        return {n: r.joins != 'parallel' for r in self if r.folded and not r.bare for n in (r.name, r.through or r.name, *(a.layer for a in r.absorbs if r.joins == 'series'))}
     def __getitem__(self, name): return next(r for r in self.rows if r.name == name)
 
 # %% ../../nbs/06_fold.plan.ipynb #bf66fe3f

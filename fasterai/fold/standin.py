@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
-from .flow import same_random_state, untouched, values_in
+from .flow import ATOMS, same_random_state, untouched, values_in
 
 # %% ../../nbs/03_fold.standin.ipynb #99f3860c
 class Opaque(BaseException): # not an Exception: no `try` in a `forward` may swallow it
@@ -26,8 +26,9 @@ class Opaque(BaseException): # not an Exception: no `try` in a `forward` may swa
 
 class _Node:
     "One thing that was done to stand-ins. (PyTorch's own takes several times as long to make)"
-    def __init__(self, name, op, target, args, kwargs, stack):
-        self.name,self.op,self.target,self.args,self.kwargs,self.stack,self.number,self.training,self.users = name,op,target,args,kwargs,stack,False,False,{}
+    name = 'value' # PyTorch's stand-ins print it
+    def __init__(self, op, target, args, kwargs, stack):
+        self.op,self.target,self.args,self.kwargs,self.stack,self.number,self.training,self.users = op,target,args,kwargs,stack,False,False,{}
         self.inputs = values_in((args, kwargs), _Node)
         for n in self.inputs: n.users[self] = None
     def __repr__(self): return self.name
@@ -93,12 +94,13 @@ def _len(o):
     "`len`, in the modules whose functions are traced: the built-in one can give nothing but a number"
     return o.tracer.create_proxy('call_function', builtins.len, (o,), {}) if issubclass(type(o), fx.Proxy) else builtins.len(o)
 
-def _numbers(tree):
-    "The numbers in a nested structure"
-    if isinstance(tree, (int, float)): return [tree]
-    if isinstance(tree, slice): tree = tree.start, tree.stop, tree.step
-    if isinstance(tree, dict): tree = tree.values()
-    return [n for o in tree for n in _numbers(o)] if isinstance(tree, (tuple, list, type({}.values()))) else []
+def _written(o, of):
+    "An argument as text: a node as what it is `of`, an object of a class of its own as that class"
+    if isinstance(o, _Node): return f'%{of[o]}' if type(of[o]) is int else of[o]
+    if isinstance(o, slice): return f'slice{_written((o.start, o.stop, o.step), of)}'
+    if isinstance(o, dict): return str({k: _written(v, of) for k,v in o.items()})
+    if isinstance(o, (tuple, list)): return f"({', '.join(_written(v, of) for v in o)})"
+    return repr(o) if o is Ellipsis or type(o) in ATOMS else type(o).__name__
 
 def _nodes(tree): return [p.node for p in values_in(tree, fx.Proxy)]
 
@@ -277,13 +279,24 @@ class _Tracer(fx.proxy.TracerBase):
         return self.create_node('get_attr', '', (str(a.item()),) if a.numel() == 1 and not a.is_meta else (), {})
 
     def create_node(self, kind, target, args, kwargs, name=None, type_expr=None):
-        node = _Node(f'n{len(self.nodes)}', kind, target, args, kwargs, tuple(self.stack))
+        node = _Node(kind, target, args, kwargs, tuple(self.stack))
         self.nodes.append(node)
         return node
 
-    def outline(self, gone=()):
-        "What was done, where, and with which numbers, but for the modules called `gone`"
-        return [(n.op, n.target, n.stack[-1], n.args if n.op == 'get_attr' else n.op != 'call_module' and _numbers((n.args, n.kwargs))) for n in self.nodes if (n.op != 'get_attr' or not n.target) and n.op != 'output' and n.target not in gone and n.stack[-1] not in gone]
+    def outline(self, gone, weights):
+        "What was done, where, and to what, but for what is `gone`: modules and weights by name, and whether what they were given stands for what they gave, or nothing does. A weight that is not one of `weights` is written as `None`"
+        lines,of = [],{} # `of` a node: the line that stands for it, -1 where nothing does, or the name of a weight
+        for n in self.nodes:
+            inputs = [of[i] for i in n.inputs]
+            passes = next((gone[o] for o in (n.target, n.stack[-1], *inputs) if o in gone), None)
+            if passes is False: of[n] = -1
+            elif n.op == 'get_attr' and n.target: of[n] = n.target if passes or n.target in weights else 'None'
+            elif passes: of[n] = next((o for o in inputs if type(o) is int), next(iter(inputs), ''))
+            else:
+                of[n] = len(lines)
+                args = n.args[:1] if n.target is torch._assert else n.args # not its text, which may print a module
+                lines.append((n.op, n.target, n.stack[-1], _written((args, n.kwargs), of)))
+        return lines
 
     def called(self):
         "The modules that were called"

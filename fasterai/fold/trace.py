@@ -204,7 +204,7 @@ def trace_flow(
             for tracer in tracers:
                 seen.update(flow.modules[stack[-1]] for stack,*_ in tracer.calls)
                 flow.branches |= tracer.branched
-                flow.traces.append((name, tracer.variant, set(opaque), tracer.outline(), tracer.called()))
+                flow.traces.append((name, set(opaque), tracer))
                 _Graph(flow, tracer)
     read_written_out(flow)
     flow.note_hooks()
@@ -212,21 +212,21 @@ def trace_flow(
 
 def same_outline(
     flow:Flow, # Of a model, traced
-    folded:nn.Module, # The model without the BatchNorms called `gone`
-    gone:set,
+    folded:nn.Module, # The model without what is `gone`
+    gone:dict, # Names of modules and weights, and whether what they are given stands for what they gave
     must_run:bool=True, # Does code count that can't be traced any more?
 )->str: # '' or what differs
     "Does the code of a folded model still do what it did?"
     names,new = {m: n for n,m in folded.named_modules()}, Flow(folded)
+    both = flow.tensors.keys() & new.tensors.keys()
     outside = lambda called: [n for n in called if not any(n[:i] in gone for i,c in enumerate(n) if c == '.')] # what one that is gone called may be gone too
     with _lock:
-        for name,variant,opaque,outline,called in flow.traces:
-            try: now = trace_ways(new.modules[name], names, new.names, opaque, variant)
+        for name,opaque,was in flow.traces:
+            try: now = trace_ways(new.modules[name], names, new.names, opaque, was.variant)
             except (Opaque, Exception) as e:
                 if must_run: return f"{naming(name)} fails: {getattr(e, 'why', e)}"
                 continue
-            was = [o for o in outline if not (o[0] == 'call_module' and o[1] in gone) and o[2] not in gone]
-            if now.outline(gone) != was or outside(now.called()) != outside(called): return f'{naming(name)} computes something else'
+            if now.outline(gone, both) != was.outline(gone, both) or outside(now.called()) != outside(was.called()): return f'{naming(name)} computes something else'
     return ''
 
 def _trace_root(m, flow, names, opaque):
