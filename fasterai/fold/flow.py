@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ATOMS', 'SHAPED_LIKE', 'Value', 'Call', 'values_in', 'mapped', 'naming', 'under', 'altered', 'hook_name', 'Entry',
-           'Flow', 'read_written_out', 'held_in', 'untouched', 'same_random_state']
+           'Flow', 'read_written_out', 'held_in', 'untouched', 'same_random_state', 'young_garbage']
 
 # %% ../../nbs/02_fold.flow.ipynb #bf5c9638
-import copy,functools,operator,random,sys
+import copy,functools,gc,operator,random,sys
 from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -308,3 +308,13 @@ def same_random_state():
         finally:
             random.setstate(states[0])
             if np: np.random.set_state(states[1])
+
+@contextmanager
+def young_garbage():
+    "`gc.collect()` looks at what is made inside alone: a process may hold millions of older objects"
+    if gc.get_freeze_count(): # someone has put them aside already
+        yield
+        return
+    gc.freeze()
+    try: yield
+    finally: gc.unfreeze()

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .carry import SAME
-from .flow import Entry, Flow, Value, mapped, read_written_out, same_random_state, untouched, values_in
+from .flow import Entry, Flow, Value, mapped, read_written_out, same_random_state, untouched, values_in, young_garbage
 
 # %% ../../nbs/04_fold.record.ipynb #87d216db
 def _geometry(t): return t.storage_offset(), tuple(t.shape), t.stride(), t.dtype
@@ -211,7 +211,7 @@ def record_flow(
     "Run `model` once and write down what happens"
     recorder = _Recorder(model, known)
     with ExitStack() as ctx:
-        for c in (untouched(model), same_random_state(), torch.no_grad(), _entries(recorder)): ctx.enter_context(c)
+        for c in (young_garbage(), untouched(model), same_random_state(), torch.no_grad(), _entries(recorder)): ctx.enter_context(c)
         ctx.callback(recorder.restore)
         with torch._C._AutoDispatchBelowAutograd(), _Leaks(recorder), recorder: out = model(*args, **kwargs)
         _note_alive(recorder, out)

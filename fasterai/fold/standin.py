@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
-from .flow import ATOMS, same_random_state, untouched, values_in
+from .flow import ATOMS, same_random_state, untouched, values_in, young_garbage
 
 # %% ../../nbs/03_fold.standin.ipynb #99f3860c
 class Opaque(BaseException): # not an Exception: no `try` in a `forward` may swallow it
@@ -364,7 +364,7 @@ def trace_ways(m, names, params, opaque, variant):
     reads = _Reads(tracer)
     tracer.stack.append(names[m])
     with ExitStack() as ctx:
-        for c in (untouched(m), same_random_state()): ctx.enter_context(c)
+        for c in (untouched(m), same_random_state(), young_garbage()): ctx.enter_context(c)
         ctx.callback(reads.restore)
         ctx.enter_context(tracer.watching())
         with reads: out = tracer.ways(m, *_given(tracer, variant))
