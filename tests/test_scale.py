@@ -58,6 +58,7 @@ norms_kept = dict(
     weight_read=(lambda: net(lambda m, x: m.b(m.n(m.c(x)))*m.n.weight.sum(), c=conv(), n=nn.GroupNorm(2, 4), b=conv()), '`n.weight` is also read by'),
     hooked=(lambda: net(lambda m, x: m.b(m.n(m.c(x))), c=conv(), n=hooked(nn.GroupNorm(2, 4)), b=conv()), 'the hook'),
     weight_needed=(lambda: net(lambda m, x: m.b(m.n(m.c(x))), c=conv(), n=Needing(2, 4), b=conv()), None), # its code fails without a weight
+    weight_asked_for=(lambda: net(lambda m, x: m.b(m.n(m.c(x.to(m.n.weight.dtype)))), c=conv(), n=nn.GroupNorm(2, 4), b=conv()), "the model's code asks for what it would lose"),
     two_in_one=(lambda: net(lambda m, x: m.n(m.c(x)), c=conv(), n=TwoNorms()), 'it is not always called in the same way'),
     fixed_bias=(lambda: net(lambda m, x: m.b(m.n(m.c(x))), c=conv(), n=FixedBias(), b=conv()), None),
     shape_needed=(lambda: net(lambda m, x: m.b(m.n(m.c(x))), c=conv(), n=Named(), b=conv()), None),
@@ -168,6 +169,72 @@ def test_what_stays_bare_may_hold_what_goes(example, inplace):
     if not inplace: assert_untouched(model, before)
     assert folder.report.kept == 0 and len(folder.report) == 2 and new[1].g is new[1].b is None and type(new[1].n) is nn.Identity
     assert difference(want, run(new, (x,), {})).relative < 1e-13
+
+class Block(nn.Module):
+    "Does `f(self, x)` with layers and parameters of its own"
+    def __init__(self, f, **own):
+        super().__init__()
+        for n, o in own.items(): setattr(self, n, nn.Parameter(o) if isinstance(o, torch.Tensor) else o)
+        self.f = f
+    def forward(self, x): return self.f(self, x)
+def per_channel(t): return t.view(1, -1, 1, 1)
+def branch(m, x): return x + (m.c(x) if m.g is None else m.c(x)*per_channel(m.g))
+def in_place(m, x):
+    y = m.c(x)
+    if m.g is not None: y *= m.g.reshape(1, 4, 1, 1)
+    return y
+def two(m, x):
+    if m.g is None: return m.c(x)
+    return m.h.view(4, 1, 1)*m.c(x*per_channel(m.g))
+params = dict(
+    layer_scale=lambda: Block(branch, c=conv(k=3, padding=1), g=numbers(4)),
+    in_place=lambda: Block(in_place, c=conv(), g=numbers(4)),
+    before_a_layer=lambda: Block(lambda m, x: m.c(x.relu() if m.g is None else x.relu()*per_channel(m.g)), c=conv(k=3), g=numbers(4)),
+    shift=lambda: Block(lambda m, x: m.c(x) if m.g is None else m.c(x) + per_channel(m.g), c=conv(bias=False), g=numbers(4)),
+    one_number=lambda: Block(lambda m, x: x + (m.c(x) if m.g is None else m.g*m.c(x)), c=conv(), g=numbers(1)[0]),
+    tokens=lambda: Block(lambda m, x: (lambda y: y if m.g is None else y*m.g)(m.fc(tokens(m.c(x)))), c=conv(), fc=nn.Linear(4, 4), g=numbers(4)),
+    called_twice=lambda: net(lambda m, x: m.b(m.b(x)), b=Block(branch, c=conv(), g=numbers(4))),
+    with_a_batchnorm=lambda: net(lambda m, x: m.b(m.c(x)), c=conv(), b=Block(lambda m, x: x + (m.n(m.c(x)) if m.g is None else m.n(m.c(x))*per_channel(m.g)), c=conv(), n=nn.BatchNorm2d(4), g=numbers(4))),
+)
+params_kept = dict(
+    asks_nobody=(lambda: Block(lambda m, x: m.c(x)*per_channel(m.g), c=conv(), g=numbers(4)), 'is not seen to leave it out where it is `None`'),
+    something_else_instead=(lambda: Block(lambda m, x: m.c(x).relu() if m.g is None else m.c(x)*per_channel(m.g), c=conv(), g=numbers(4)), 'is not seen to leave it out'),
+    another_value_instead=(lambda: Block(lambda m, x: (lambda a, b: (b, a)[0] if m.g is None else a*per_channel(m.g))(m.c(x), m.d(x)), c=conv(), d=conv(), g=numbers(4)), 'is not seen to leave it out'),
+    two_of_which_it_asks_for_one=(lambda: Block(two, c=conv(), g=numbers(4), h=numbers(4)), 'is not seen to leave it out'),
+    cannot_be_followed=(lambda: Block(lambda m, x: branch(m, x) if int(x.shape[0]) else x, c=conv(), g=numbers(4)), 'is not seen to leave it out'),
+    asked_by_its_parent=(lambda: net(lambda m, x: m.b(x)*(2 if m.b.g is None else 3), b=Block(branch, c=conv(), g=numbers(4))), "the model's code asks for what it would lose"),
+    also_read=(lambda: Block(lambda m, x: (lambda y: y if m.g is None else y*m.g.sum())(branch(m, x)), c=conv(), g=numbers(4)), '`g` is also read by'),
+    input_read_twice=(lambda: Block(lambda m, x: (y := m.c(x)) + (y if m.g is None else y*per_channel(m.g)), c=conv(), g=numbers(4)), 'is also read by'),
+    activation_between=(lambda: Block(lambda m, x: (lambda y: y if m.g is None else y*per_channel(m.g))(m.c(x).relu()), c=conv(), g=numbers(4)), 'stands between'),
+    along_the_batch=(lambda: Block(lambda m, x: m.c(x) if m.g is None else m.c(x)*m.g.view(3, 1, 1, 1), c=conv(), g=numbers(3)), None),
+    of_two_blocks=(lambda: shared(net(lambda m, x: m.b(m.a(x)), a=Block(branch, c=conv(), g=numbers(4)), b=Block(branch, c=conv(), g=numbers(4)))), 'is also read by'),
+)
+def shared(m): m.b.g = m.a.g; return m
+
+@examples
+@pytest.mark.parametrize('inplace', [False, True])
+@pytest.mark.parametrize('name', params)
+def test_folds_a_parameter(name, inplace, example):
+    torch.manual_seed(0)
+    model, folder = randomise(params[name]()), BN_Folder(scales=True)
+    if name == 'before_a_layer' and not example: return unchanged(model)
+    want, before = run(model, (x,), {}), snapshot(model)
+    new = folder.fold(model, *([x] if example else []), inplace=inplace)
+    if not inplace: assert_untouched(model, before)
+    assert folder.report.kept == 0 and sum(r.is_parameter for r in folder.report) == 1 and [n for n, _ in new.named_parameters() if n.endswith('g')] == []
+    assert difference(want, run(new, (x,), {})).relative < 1e-13
+
+@examples
+@pytest.mark.parametrize('name', params_kept)
+def test_keeps_a_parameter(name, example):
+    torch.manual_seed(0)
+    make, why = params_kept[name]
+    model, folder = randomise(make()), BN_Folder(scales=True)
+    new = folder.fold(model, *([x] if example else []))
+    assert folder.report.folded == 0 and difference(run(model, (x,), {}), run(new, (x,), {})).relative < 1e-13
+    assert [n for n, _ in new.named_parameters()] == [n for n, _ in model.named_parameters()]
+    if name == 'cannot_be_followed' and not example: return
+    assert any(why in r.why for r in folder.report) if why else len(folder.report) == 0
 
 @examples
 @pytest.mark.parametrize('name', norms_kept)

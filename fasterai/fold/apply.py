@@ -141,7 +141,7 @@ class Nothing(nn.Module):
 def _swaps(model, plan, new):
     "Each module that goes, and what comes in its place"
     for row in plan:
-        if not row.folded or row.bare: continue
+        if not row.folded or row.edited: continue
         bn = model.get_submodule(row.name)
         yield bn, _replacement(bn, row, new)
         if row.through and not under(row.through, row.name): yield model.get_submodule(row.through), nn.Identity()
@@ -155,8 +155,8 @@ def _parameters(model, new):
 def _edits(model, plan, new):
     "What changes in modules that stay, for they scale no more, or are of other sizes: the dicts, and their new entries"
     for row in plan:
-        if row.folded and row.bare:
-            m = model.get_submodule(row.name)
+        if row.folded and row.edited:
+            m = model.get_submodule(row.module)
             yield from zip((m._parameters, vars(m)), bared(m, [n.rpartition('.')[2] for n in row.stats]))
         if row.joins == 'series':
             a,groups = row.absorbs[0], row.joint_groups

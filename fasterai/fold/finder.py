@@ -61,12 +61,13 @@ class Finder:
 
     def what(self, call):
         "A call, as a sentence has it"
+        if 'of' in call.kwargs: return naming(call.kwargs['of'])
         if call.module and not self.flow.modules[call.module]._modules: return naming(call.module)
         return f'`{call.op}` in {naming(call.module)}' if call.module else f'`{call.op}`'
 
     def bn_of(self, call):
-        "The BatchNorm, or the module that scales, whose own call this is, or ''"
-        if call.op == 'scale': return call.module
+        "The BatchNorm, or the module or parameter that scales, whose own call this is, or ''"
+        if call.op == 'scale': return call.kwargs.get('of', call.module)
         if call.op != 'batch_norm' or not call.module: return ''
         if call.args[3] is None: return call.module if isinstance(self.flow.modules[call.module], _BatchNorm) else ''
         return call.module if call.args[3].name.rpartition('.')[0] == call.module else ''

@@ -173,12 +173,16 @@ class Flow:
         return runs
 
     def put(self, new, calls):
-        "Put the calls `new`, the last of which makes what the last of `calls` made, in their place"
-        at = self.calls.index(new[-1].outs[0].call)
+        "Put the calls `new`, the last of which makes what the last of `calls` made, in their place. What others read of the rest stays"
+        made = new[-1].outs[0].call
+        gone = {made}
+        for c in sorted({*calls} - gone, key=lambda c: -c.index):
+            if gone.issuperset(r for v in c.outs for r in v.readers): gone.add(c)
+        at = self.calls.index(made)
         self.calls[at:at+1] = new
-        self.calls = [c for c in self.calls if c not in calls]
+        self.calls = [c for c in self.calls if c not in gone]
         for i,c in enumerate(self.calls): c.index = i
-        for v in dict.fromkeys(v for c in calls for v in c.inputs): v.readers = [r for r in v.readers if r not in calls]
+        for v in dict.fromkeys(v for c in gone for v in c.inputs): v.readers = [r for r in v.readers if r not in gone]
         for c in new:
             for v in dict.fromkeys(c.inputs): v.readers.append(c)
             for v in c.outs: v.call = c

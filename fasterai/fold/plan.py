@@ -34,13 +34,19 @@ class Row:
     alone:bool=False # Does the activation write in place, and is what the clamp is given in memory of its own, and read by nobody else?
     steps:tuple=() # What it does, if it is no BatchNorm but a module that scales
     size:int=0 # That module's channels
-    bare:bool=False # Does that module stay, without the weights that it scales with?
+    bare:bool=False # Does that module normalise before, and stay, without the weights that it scales with?
     joins:str='' # 'series' or 'parallel', if the layer that absorbs it takes in all that it does: where the two stand
     groups:int=1 # Its own, if it does
     merged:tuple=() # Name of a module that merged itself with the BatchNorm in it, and the method by which it did
 
     @property
     def folded(self): return not self.why
+    @property
+    def is_parameter(self): return self.name in self.stats # of a module that stays without it
+    @property
+    def module(self): return self.name.rpartition('.')[0] if self.is_parameter else self.name
+    @property
+    def edited(self): return self.bare or self.is_parameter # its module stays, without it
     @property
     def is_layer(self): return bool(self.joins) and len(self.stats) == 2
     @property
@@ -72,7 +78,7 @@ class Plan:
     @property
     def places(self):
         "Names of the modules behind which the folded model must agree with the original"
-        names = [n for r in self if r.folded for n in ([a.layer for a in r.absorbs] if r.absorbs[0].before else [] if r.joins == 'parallel' else [r.name])]
+        names = [n for r in self if r.folded for n in ([a.layer for a in r.absorbs] if r.absorbs[0].before else [] if r.joins == 'parallel' else [r.module])]
         return [n for n in dict.fromkeys(names) if n]
     def then(self, more):
         "The same with what the plan `more` does to what it left"
@@ -113,6 +119,7 @@ def described(self:Finder, name, calls):
     "A `Row` with what the affine is made of"
     first = calls[0].args
     if calls[0].op == 'scale':
+        if why := calls[0].kwargs.get('why'): raise Stop(why)
         if any(c.args[2:] != first[2:] for c in calls): raise Stop('it is not always called in the same way')
         self.one_dtype(calls)
         return Row(name, stats=tuple(v.name for v in first[1]), steps=tuple(first[2]), size=first[4], bare=calls[0].kwargs.get('bare', False))
@@ -134,10 +141,11 @@ def judge(self:Finder, name, calls, sides, confirm=None):
     "The `Row` of one BatchNorm"
     try:
         row = self.described(name, calls)
-        self.known(name)
+        self.known(row.module)
         self.private(row.stats, calls)
         if row.bare: sides = {'after it': Finder.behind}
-        else: row,sides = replace(row, rest=self.rest(name, calls)), NEIGHBOURS if row.steps else sides
+        elif row.steps: sides = NEIGHBOURS
+        if not row.edited: row = replace(row, rest=self.rest(name, calls))
         row = self.best(row, calls, sides, confirm and confirm(name))
         if row.steps and len({self.flow.tensors[n].dtype for n in (*row.stats, *(a.weight for a in row.absorbs))}) > 1: raise Stop('what takes it in has another dtype')
         if not row.through: self.folded.add(name)
@@ -252,7 +260,7 @@ def plan_folds(
     confirm = in_all_ways(flow, symbolic, traced) if symbolic else None
     for name,cs in calls.items():
         rows[name] = Row(name, why=keep[name]) if name in (keep or {}) else finder.judge(name, cs, sides, confirm)
-    for name,m in flow.model.named_modules():
-        if name in rows or not (isinstance(m, _BatchNorm) or name in traced): continue
+    for name in dict.fromkeys([*(n for n,m in flow.model.named_modules() if isinstance(m, _BatchNorm) or n in traced), *traced]):
+        if name in rows: continue
         rows[name] = _uncalled(flow, name, traced.get(name)) if symbolic else Row(name, why=_untraced(flow, name))
     return Plan(tuple(rows.values()))

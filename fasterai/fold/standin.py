@@ -287,10 +287,10 @@ class _Tracer(fx.proxy.TracerBase):
         "What was done, where, and to what, but for what is `gone`: modules and weights by name, and whether what they were given stands for what they gave, or nothing does. A weight that is not one of `weights` is written as `None`"
         lines,of = [],{} # `of` a node: the line that stands for it, -1 where nothing does, or the name of a weight
         for n in self.nodes:
-            inputs = [of[i] for i in n.inputs]
-            passes = next((gone[o] for o in (n.target, n.stack[-1], *inputs) if o in gone), None)
+            inputs,name = [of[i] for i in n.inputs], n.target if n.op in ('call_module', 'get_attr') else None
+            passes = next((gone[o] for o in (name, n.stack[-1], *inputs) if o in gone), None)
             if passes is False: of[n] = -1
-            elif n.op == 'get_attr' and n.target: of[n] = n.target if passes or n.target in weights else 'None'
+            elif n.op == 'get_attr' and name: of[n] = name if passes or name in weights else 'None'
             elif passes: of[n] = next((o for o in inputs if type(o) is int), next(iter(inputs), ''))
             else:
                 of[n] = len(lines)

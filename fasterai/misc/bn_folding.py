@@ -24,7 +24,7 @@ from ..fold.merge import merge, unasked
 from ..fold.plan import NEIGHBOURS, THROUGH, Plan, plan_folds
 from ..fold.record import record_flow
 from ..fold.report import Report
-from ..fold.scale import read_norms, read_scales
+from ..fold.scale import read_norms, read_parameters, read_scales
 from ..fold.trace import same_outline, trace_flow
 from ..fold.verify import Difference, cloned, compare, count_parameters, difference, first_difference, run, tensors_in, to_double, tolerance, tolerance_for
 
@@ -95,7 +95,7 @@ class BN_Folder:
         bake:bool=False, # First make plain the weights that parametrizations, `weight_norm`, `spectral_norm` and pruning compute in each forward
         through_relu:bool=False, # Fold through a `ReLU` module too: the two become one clamp with bounds for each channel
         reparameterize:bool=False, # Merge parallel branches: first let the modules that know how do so (`reparameterize`, `switch_to_deploy`, `fuse`), where an example shows that nothing changes; then the layers that are added for one input
-        scales:bool=False, # Fold every other module that only multiplies and adds numbers of its own, one for each channel: a LayerScale, a normalisation of the input
+        scales:bool=False, # Fold every other module, or parameter of one, that only multiplies and adds numbers of its own, one for each channel: a LayerScale, a normalisation of the input
         series:bool=False, # Then merge two linear layers in series into one, where that is less work
     ): self.bake,self.through_relu,self.reparameterize,self.scales,self.series = bake,through_relu,reparameterize,scales,series
 
@@ -193,6 +193,9 @@ def _difference(a, b):
     try: return difference(a, b)
     except ValueError: return Difference(float('inf'), 1.) # other shapes: a detector that found another number of things
 
+_whys = {'what follows it does not run on the strides of its input': lambda r: r.strided, # what is kept where a fold with it comes to nothing, and why
+         "the model's code asks for what it would lose": lambda r: r.edited or r.joins}
+
 class _Fold:
     "One fold of one model"
     def __init__(self, model, xs, kwargs, planned=plan_folds, scales=False):
@@ -202,6 +205,7 @@ class _Fold:
         for flow in filter(None, (self.traced, self.recorded) if scales else ()):
             read_norms(flow)
             read_scales(flow)
+            read_parameters(flow)
 
     def plan(self): return self.planned(self.recorded or self.traced, self.traced if self.recorded else None, self.keep)
 
@@ -223,30 +227,36 @@ class _Fold:
     def run(self, inplace):
         "The folded model, its plan, and how far apart the outputs are"
         plan,new = self.weights()
-        folded = self.apply(plan, new, inplace)
-        try:
-            self.retrace(plan, folded)
-            if not self.example: return folded, plan, None
-            try: found = _difference(self.out, run(folded, *cloned(self.example)))
-            except Exception as e: found = e
-            if isinstance(found, Difference) and found.relative <= tolerance_for(self.out, self.model): return folded, plan, found
-        except BaseException:
-            self.undo()
-            raise
-        self.undo()
-        if isinstance(found, Difference):
-            self.confirm(plan, found)
-            return self.apply(plan, new, inplace), plan, found
-        strided = {r.name: 'what follows it does not run on the strides of its input' for r in plan if r.strided}
-        if not strided: raise FoldError(f'the folded model does not run on the example: {type(found).__name__}: {found}') from found
-        self.keep |= strided
+        try: return self.checked(plan, new, inplace)
+        except FoldError:
+            again = {r.name: why for r in plan for why,applies in _whys.items() if applies(r)}
+            if not again: raise
+        self.keep |= again
         return self.run(inplace)
+
+    def checked(self, plan, new, inplace):
+        "The same; after any error the model is as it was"
+        folded = self.apply(plan, new, inplace)
+        with ExitStack() as undo:
+            undo.callback(self.undo)
+            self.retrace(plan, folded)
+            found = self.found(folded) if self.example else None
+            if found is None or found.relative <= tolerance_for(self.out, self.model):
+                undo.pop_all()
+                return folded, plan, found
+        self.confirm(plan, found)
+        return self.apply(plan, new, inplace), plan, found
 
     def retrace(self, plan, folded):
         "The folded model's code must do what it did, but for the BatchNorms: it may have asked one for what an `nn.Identity` has not, or have held on to the original"
         at = same_outline(self.traced, folded, plan.gone, must_run=not self.example) # with an example, it is run
         if not at: return
         raise FoldError(f"without its BatchNorms the model's code takes another way ({at}). The original is as it was: give an example, or fold the parts of the model that do not look at their BatchNorms")
+
+    def found(self, folded):
+        "How far apart the outputs are on the example"
+        try: return _difference(self.out, run(folded, *cloned(self.example)))
+        except Exception as e: raise FoldError(f'the folded model does not run on the example: {type(e).__name__}: {e}') from e
 
     def confirm(self, plan, found):
         "Ask in float64, where rounding is no excuse"
