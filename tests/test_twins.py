@@ -331,6 +331,10 @@ looks = dict( # the same operations, with something else
     by_another_name=lambda m, x: m.bn(m.conv(x)).sum(**{'dim' if is_bn(m) else 'keepdim': 1}),
     in_another_order=lambda m, x: m.bn(m.conv(x))[(..., 0) if is_bn(m) else (0, ...)],
     with_another_weight=lambda m, x: F.conv2d(m.bn(m.conv(x)), m.a.weight if is_bn(m) else m.b.weight),
+    with_another_constant=lambda m, x: m.bn(m.conv(x))*(torch.arange(6.) if is_bn(m) else torch.arange(6.).flip(0)),
+    under_another_key=lambda m, x: {'out' if is_bn(m) else 'aux': m.bn(m.conv(x))},
+    as_a_list=lambda m, x: (list if is_bn(m) else tuple)([m.bn(m.conv(x))]),
+    with_nothing_besides=lambda m, x: (y := m.bn(m.conv(x)), *([None] if is_bn(m) else [])),
     with_another_number=lambda m, x: m.bn(m.conv(x))*(2 if is_bn(m) else 3),
 )
 

@@ -10,6 +10,7 @@ import builtins,dis,functools,gc,inspect,math,operator,sys,threading,weakref
 from contextlib import ExitStack, contextmanager
 from itertools import product
 from math import prod
+from numbers import Number
 from types import CodeType, FunctionType
 
 import torch
@@ -99,8 +100,20 @@ def _written(o, of):
     if isinstance(o, _Node): return f'%{of[o]}' if type(of[o]) is int else of[o]
     if isinstance(o, slice): return f'slice{_written((o.start, o.stop, o.step), of)}'
     if isinstance(o, dict): return str({k: _written(v, of) for k,v in o.items()})
-    if isinstance(o, (tuple, list)): return f"({', '.join(_written(v, of) for v in o)})"
-    return repr(o) if o is Ellipsis or type(o) in ATOMS else type(o).__name__
+    if isinstance(o, (tuple, list)): return f"{type(o).__name__}({', '.join(_written(v, of) for v in o)})"
+    return repr(o) if o is Ellipsis or type(o) in ATOMS or isinstance(o, Number) else getattr(o, '__qualname__', type(o).__name__)
+
+def _content(t):
+    "What tells a tensor that is no parameter from another"
+    if t.is_meta or t.layout != torch.strided or t.is_quantized: return ()
+    return tuple(t.shape), str(t.dtype), hash(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+
+def _given_out(o):
+    "What a `forward` returns, with nodes for stand-ins"
+    if issubclass(type(o), fx.Proxy): return o.node
+    if isinstance(o, dict): return {k: _given_out(v) for k,v in o.items()}
+    if isinstance(o, (tuple, list)): return [type(o).__name__, *map(_given_out, o)]
+    return o if type(o) in ATOMS else type(o).__name__
 
 def _nodes(tree): return [p.node for p in values_in(tree, fx.Proxy)]
 
@@ -276,7 +289,7 @@ class _Tracer(fx.proxy.TracerBase):
         if not issubclass(kind, Tensor): return super().create_arg(a)
         p = self.stand_in(a)
         if issubclass(type(p), fx.Proxy): return p.node
-        return self.create_node('get_attr', '', (str(a.item()),) if a.numel() == 1 and not a.is_meta else (), {})
+        return self.create_node('get_attr', '', _content(a), {})
 
     def create_node(self, kind, target, args, kwargs, name=None, type_expr=None):
         node = _Node(kind, target, args, kwargs, tuple(self.stack))
@@ -306,7 +319,7 @@ class _Tracer(fx.proxy.TracerBase):
         "What was done, where, and what came of it, whatever it was given"
         done = [n for n in self.nodes if n.op not in ('get_attr', 'output', 'placeholder')]
         at = {n: i for i,n in enumerate(done)}
-        return [(n.op, n.target, n.stack[-1]) for n in done], [[at.get(o) for o in n.args] for n in self.nodes if n.op == 'output'], [at.get(n) for n in self.kept]
+        return [(n.op, n.target, n.stack[-1]) for n in done], [[at.get(o) for o in n.inputs] for n in self.nodes if n.op == 'output'], [at.get(n) for n in self.kept]
 
     @contextmanager
     def watching(self):
@@ -369,6 +382,6 @@ def trace_ways(m, names, params, opaque, variant):
         ctx.enter_context(tracer.watching())
         with reads: out = tracer.ways(m, *_given(tracer, variant))
         tracer.kept = tracer.still_held(out) # while `out` is there: it may be of a kind that we can't look into
-    tracer.create_node('output', 'output', tuple(_nodes(out)), {})
+    tracer.create_node('output', 'output', (_given_out(out),), {})
     tracer.variant = variant
     return tracer

@@ -251,7 +251,7 @@ class _Fold:
         "The folded model's code must do what it did, but for the BatchNorms: it may have asked one for what an `nn.Identity` has not, or have held on to the original"
         at = same_outline(self.traced, folded, plan.gone, must_run=not self.example) # with an example, it is run
         if not at: return
-        raise FoldError(f"without its BatchNorms the model's code takes another way ({at}). The original is as it was: give an example, or fold the parts of the model that do not look at their BatchNorms")
+        raise FoldError(f"without its BatchNorms the model's code takes another way ({at}). The original is as it was: fold the parts of the model that do not look at their BatchNorms")
 
     def found(self, folded):
         "How far apart the outputs are on the example"
