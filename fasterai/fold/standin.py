@@ -296,8 +296,8 @@ class _Tracer(fx.proxy.TracerBase):
         self.nodes.append(node)
         return node
 
-    def outline(self, gone, weights):
-        "What was done, where, and to what, but for what is `gone`: modules and weights by name, and whether what they were given stands for what they gave, or nothing does. A weight that is not one of `weights` is written as `None`"
+    def outline(self, gone, weights, constants=True):
+        "What was done, where, and to what (to which `constants` too?), but for what is `gone`: modules and weights by name, and whether what they were given stands for what they gave, or nothing does. A weight that is not one of `weights` is written as `None`"
         lines,of = [],{} # `of` a node: the line that stands for it, -1 where nothing does, or the name of a weight
         for n in self.nodes:
             inputs,name = [of[i] for i in n.inputs], n.target if n.op in ('call_module', 'get_attr') else None
@@ -307,7 +307,7 @@ class _Tracer(fx.proxy.TracerBase):
             elif passes: of[n] = next((o for o in inputs if type(o) is int), next(iter(inputs), ''))
             else:
                 of[n] = len(lines)
-                args = n.args[:1] if n.target is torch._assert else n.args # not its text, which may print a module
+                args = n.args[:1] if n.target is torch._assert else () if n.op == 'get_attr' and not constants else n.args # not the text of an assertion, which may print a module
                 lines.append((n.op, n.target, n.stack[-1], _written((args, n.kwargs), of)))
         return lines
 

@@ -214,7 +214,7 @@ def same_outline(
     flow:Flow, # Of a model, traced
     folded:nn.Module, # The model without what is `gone`
     gone:dict, # Names of modules and weights, and whether what they are given stands for what they gave
-    must_run:bool=True, # Does code count that can't be traced any more?
+    ran:bool=False, # Was the model run in between? Code that can't be traced any more does not count then, nor what tensors hold that are no parameters
 )->str: # '' or what differs
     "Does the code of a folded model still do what it did?"
     names,new = {m: n for n,m in folded.named_modules()}, Flow(folded)
@@ -224,9 +224,9 @@ def same_outline(
         for name,opaque,was in flow.traces:
             try: now = trace_ways(new.modules[name], names, new.names, opaque, was.variant)
             except (Opaque, Exception) as e:
-                if must_run: return f"{naming(name)} fails: {getattr(e, 'why', e)}"
+                if not ran: return f"{naming(name)} fails: {getattr(e, 'why', e)}"
                 continue
-            if now.outline(gone, both) != was.outline(gone, both) or outside(now.called()) != outside(was.called()): return f'{naming(name)} computes something else'
+            if now.outline(gone, both, not ran) != was.outline(gone, both, not ran) or outside(now.called()) != outside(was.called()): return f'{naming(name)} computes something else'
     return ''
 
 def _trace_root(m, flow, names, opaque):

@@ -249,7 +249,7 @@ class _Fold:
 
     def retrace(self, plan, folded):
         "The folded model's code must do what it did, but for the BatchNorms: it may have asked one for what an `nn.Identity` has not, or have held on to the original"
-        at = same_outline(self.traced, folded, plan.gone, must_run=not self.example) # with an example, it is run
+        at = same_outline(self.traced, folded, plan.gone, ran=self.example is not None)
         if not at: return
         raise FoldError(f"without its BatchNorms the model's code takes another way ({at}). The original is as it was: fold the parts of the model that do not look at their BatchNorms")
 
