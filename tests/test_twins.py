@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 
+from fasterai.fold.verify import difference, run
 from fasterai.misc.bn_folding import BN_Folder, FoldError
 from helpers import Net, assert_untouched, asserting, fold, net, norms, randomise, snapshot
 
@@ -344,6 +345,66 @@ def test_a_forward_that_looks_at_its_layers(name):
     with pytest.raises(FoldError, match='takes another way'): BN_Folder().fold(model)
     twin = net(lambda m, x: F.conv2d(m.bn(m.conv(x)), m.a.weight).relu(), conv=conv(), bn=bn(), a=conv())
     assert fold(twin, x, example=False)[1]['bn'].folded
+
+
+def in_its_place(m, x, y=None): return m.bn(m.conv(x) if y is None else y)
+def left_out(m, x, skip=False): return m.bn(x if skip else m.conv(x))
+def behind_it(m, x, y=None):
+    z = m.bn(x)
+    return m.conv(z if y is None else y)
+def any_number(m, *xs): return m.bn(m.conv(xs[0])) if len(xs) == 1 else m.bn(xs[1])
+def by_name(m, x, **more): return m.conv(x) if more.get('raw') else m.bn(m.conv(x))
+def many_optional(m, x, a=None, b=None, c=None, d=None, e=None, f=None): return m.bn(m.conv(x)) if a is None else m.conv(x)*a
+def from_a_dict(m, batch): return m.conv(batch['x']) if batch.get('mask') is None else m.bn(m.conv(batch['x']))
+def a_list(m, x): return [m.conv(o) for o in x] if isinstance(x, (list, tuple)) else m.bn(m.conv(x))
+def one_of_a_list(m, xs): return m.bn(m.conv(xs[0])) if xs[1] is None else m.conv(xs[0])
+def a_size_in_a_set(m, x): return m.conv(x) if x.shape[0] in {5} else m.bn(m.conv(x))
+def a_size_in_a_text(m, x): return m.conv(x) if str(x.shape[0]) == '5' else m.bn(m.conv(x))
+def an_attribute_by_size(m, x): return getattr(m, f'h{x.shape[0]}', m.bn)(m.conv(x))
+def other_padding(m, x): m.conv.padding = (1, 1) if x.shape[0] > 3 else (0, 0); return m.conv(m.bn(x))
+many = torch.randn(5, 4, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+other_calls = {f: ((x,), (many,)) for f in (a_size_in_a_set, a_size_in_a_text, an_attribute_by_size, other_padding)} | {
+    in_its_place: ((x,), (x, x.flip(0))), left_out: ((x,), (x, True)), behind_it: ((x,), (x, x.flip(0))), any_number: ((x,), (x, x.flip(0))), by_name: ((x,), (x,)), many_optional: ((x,), (x, 2.)),
+    from_a_dict: ((dict(x=x, mask=x),), (dict(x=x),)), a_list: ((x,), ([x, x],)), one_of_a_list: (([x, None],), ([x, x],))}
+
+@pytest.mark.parametrize('forward', other_calls, ids=lambda f: f.__name__)
+def test_a_call_that_goes_another_way(forward):
+    "The example is one way of calling it; for another, the BatchNorm has no layer beside it, or another"
+    example, other = other_calls[forward]
+    model = net(forward, conv=conv(), bn=bn(), h5=nn.Identity())
+    for xs in ((), example):
+        new = BN_Folder().fold(model, *xs)
+        for args, kwargs in ((example, {}), (other, dict(raw=True) if forward is by_name else {})): assert difference(run(model, args, kwargs), run(new, args, kwargs)).relative < 1e-12
+
+
+def test_a_hook_that_uses_what_is_inside():
+    "Without an example, nothing tells what a hook does with its module"
+    model = net(lambda m, x: m.block(x), block=nn.Sequential(conv(), bn()))
+    model.block.register_forward_hook(lambda m, args, out: out + m[1](args[0]))
+    for xs in ((), (x,)): assert difference(run(model, (x,), {}), run(BN_Folder().fold(model, *xs), (x,), {})).relative < 1e-12
+
+
+class Cache:
+    "Keeps what it is given"
+kept = []
+
+def test_what_a_trace_leaves_behind():
+    "In an object of the model's own it leaves nothing; what another trace left in a list is no reason to fail"
+    def cached(m, x):
+        m.cache.value = m.conv(x)
+        return m.bn(m.cache.value)
+    model = net(cached, conv=conv(), bn=bn())
+    model.cache = Cache()
+    for inplace in (False, True):
+        BN_Folder().fold(model, inplace=inplace)
+        assert vars(model.cache) == {}
+    def listed(m, x):
+        y = m.bn(m.conv(x))
+        if kept: y = y + kept[-1].mean()
+        kept.append(y)
+        return y
+    with pytest.raises(FoldError): BN_Folder().fold(net(listed, conv=conv(), bn=bn()))
+    kept.clear()
 
 
 def train_it(m, x): m.bn.train(); return m.bn(m.conv(x))

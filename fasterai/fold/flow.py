@@ -7,7 +7,7 @@ __all__ = ['ATOMS', 'SHAPED_LIKE', 'Value', 'Call', 'values_in', 'mapped', 'nami
            'Flow', 'read_written_out', 'held_in', 'untouched', 'same_random_state', 'young_garbage']
 
 # %% ../../nbs/02_fold.flow.ipynb #bf5c9638
-import copy,functools,gc,operator,random,sys
+import functools,gc,operator,random,sys
 from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -108,7 +108,7 @@ def altered(
     **attrs, # Attributes
 )->nn.Module: # It shares everything else with `m`
     "`m` with other attributes, to try out"
-    new = copy.copy(m)
+    new = object.__new__(type(m))
     new.__dict__ = vars(m) | attrs
     return new
 
@@ -275,9 +275,14 @@ def held_in(
 _containers = (list, dict, set, OrderedDict, SimpleNamespace)
 _own = vars(nn.Module()).keys() - {'_parameters', '_buffers', '_modules'} # PyTorch's own bookkeeping, which no `forward` writes
 
+@functools.lru_cache(None)
+def _is_record(kind):
+    "Is `kind` a class of the model's own author, whose objects hold what they are given?"
+    return kind.__module__.split('.')[0] not in sys.stdlib_module_names | {'torch', 'numpy', 'fastai', 'fastcore'} and not issubclass(kind, (nn.Module, Tensor, type)) and kind.__dictoffset__ != 0
+
 def _nested(o):
     "The containers in `o`, itself one, each with a copy of what it holds"
-    items = vars(o) if type(o) is SimpleNamespace else o
+    items = o if isinstance(o, (list, dict, set)) else vars(o)
     return [(items, items.copy()), *(p for c in (items.values() if isinstance(items, dict) else items) if type(c) in _containers for p in _nested(c))]
 
 @contextmanager
@@ -285,7 +290,7 @@ def untouched(
     model:nn.Module, # Restored on leaving: each module's attributes, the lists, dicts and sets among them, and the tensors that are no parameters
 ):
     "Undo whatever runs inside does to the attributes of `model`'s modules"
-    before = [p for m in model.modules() for d in [m.__dict__] for p in [(d, d.copy()), *(q for k,v in d.items() if type(v) in _containers and k not in _own for q in _nested(v))]]
+    before = [p for m in model.modules() for d in [m.__dict__] for p in [(d, d.copy()), *(q for k,v in d.items() if (type(v) in _containers or _is_record(type(v))) and k not in _own for q in _nested(v))]]
     tensors = [(t, t._version, t.detach().clone()) for _,old in before for t in (old.values() if isinstance(old, dict) else old)
                if type(t) not in ATOMS and issubclass(type(t), Tensor) and not isinstance(t, nn.Parameter) and not t.is_inference()]
     try: yield

@@ -212,6 +212,7 @@ def in_all_ways(
     callers = lambda f, weight: {c.stack[-2:] for c in f.params[weight].readers if c.stack[-2:][0] in entered}
     runs = lambda f, name: {e.stack[-2:] for e in f.entries if e.name == name}
     undecided = flow.branches | symbolic.undecided | (flow.askers & symbolic.failed.keys())
+    unfollowed = symbolic.unknown.keys() | {''}
     odd = {c.module for c in symbolic.calls if c.op == 'batch_norm' and c.args[5] is not False}
     def of(name):
         def check(row, ways):
@@ -221,11 +222,13 @@ def in_all_ways(
             for layer,more in called.items():
                 if more: raise Stop(f'{naming(layer)} is also called by {naming(min(more)[0])}, in another way than this run took')
             if name in rows and rows[name].folded and parts(rows[name]) == parts(row): return replace(row, alone=rows[name].alone)
+            unseen = row.module not in unfollowed and not runs(symbolic, row.module) # the code was followed, and did not go where the run went
             for way in ways:
                 inside,shared = _involved(way)
                 inside |= {m for c in way for v in ((c.args[0] if c is way[0] else None), *c.outs) if isinstance(v, Value) for m in through.get(v, ()) if under(m, shared)}
                 at = next((m for m in sorted(inside) if m in symbolic.branches or m in undecided and under(m, shared)), None)
                 if at is None and any(c.op == 'squeeze' for c in way): at = shared # it squeezes what happens to be of size one
+                if at is None and unseen: at = shared
                 if at is not None: raise Stop(f'{naming(at)} chooses its way by its input, and not every way is known to allow it')
             return replace(row, alone=False)
         return check

@@ -7,6 +7,7 @@ __all__ = ['trace_flow', 'same_outline']
 
 # %% ../../nbs/04_fold.trace.ipynb #acd8da21
 import operator,threading
+from contextlib import suppress
 from math import prod
 
 import torch
@@ -18,7 +19,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from .carry import ORDERS, Stop, order
 from .flow import SHAPED_LIKE, Entry, Flow, Value, held_in, mapped, naming, read_written_out, values_in
 from .layers import LAYERS, layer_call, out_channels
-from .standin import INPLACE, METADATA, Opaque, known_layer, plain_batchnorm, trace_ways, variants
+from .standin import INPLACE, METADATA, Impossible, Opaque, known_layer, may_choose, plain_batchnorm, trace_ways, variants
 
 # %% ../../nbs/04_fold.trace.ipynb #56663ae2
 _keep_shape = {'relu', 'relu6', 'leaky_relu', 'prelu', 'elu', 'selu', 'celu', 'gelu', 'silu', 'mish', 'sigmoid', 'tanh', 'hardtanh',
@@ -206,6 +207,10 @@ def trace_flow(
                 flow.branches |= tracer.branched
                 flow.traces.append((name, set(opaque), tracer))
                 _Graph(flow, tracer)
+    for name,m in model.named_modules():
+        if m._modules and (m._forward_hooks or m._forward_pre_hooks): # a hook is given its module, and may use what is in it
+            for o in held_in(m, nn.Module):
+                if o in names: flow.unknown.setdefault(names[o], name)
     read_written_out(flow)
     flow.note_hooks()
     return flow
@@ -214,7 +219,6 @@ def same_outline(
     flow:Flow, # Of a model, traced
     folded:nn.Module, # The model without what is `gone`
     gone:dict, # Names of modules and weights, and whether what they are given stands for what they gave
-    ran:bool=False, # Was the model run in between? Code that can't be traced any more does not count then, nor what tensors hold that are no parameters
 )->str: # '' or what differs
     "Does the code of a folded model still do what it did?"
     names,new = {m: n for n,m in folded.named_modules()}, Flow(folded)
@@ -223,24 +227,27 @@ def same_outline(
     with _lock:
         for name,opaque,was in flow.traces:
             try: now = trace_ways(new.modules[name], names, new.names, opaque, was.variant)
-            except (Opaque, Exception) as e:
-                if not ran: return f"{naming(name)} fails: {getattr(e, 'why', e)}"
-                continue
-            if now.outline(gone, both, not ran) != was.outline(gone, both, not ran) or outside(now.called()) != outside(was.called()): return f'{naming(name)} computes something else'
+            except (Opaque, Exception) as e: return f"{naming(name)} fails: {getattr(e, 'why', e)}"
+            if now.outline(gone, both) != was.outline(gone, both) or outside(now.called()) != outside(was.called()): return f'{naming(name)} computes something else'
     return ''
 
 def _trace_root(m, flow, names, opaque):
     "A tracer for each variant of `m`'s arguments, with as few opaque modules as it takes"
     while True:
-        try: return [trace_ways(m, names, flow.names, opaque, v) for v in variants(m)]
+        tracers,choice = [],False
+        try:
+            for variant in variants(m):
+                with suppress(Impossible): tracers.append(trace_ways(m, names, flow.names, opaque, variant))
+            if tracers: return tracers
+            why = 'no way of calling it is possible'
         except Opaque as e:
             if e.module is not m and type(e.module) not in opaque:
                 opaque.add(type(e.module))
                 continue
-            why = e.why
-            if e.choice: flow.undecided.add(names[m])
+            why,choice = e.why,e.choice
         except Exception as e: why = str(e).strip().split('\n')[0] or type(e).__name__
         flow.failed[names[m]] = why
+        if choice or may_choose(m): flow.undecided.add(names[m])
         for o in held_in(m, nn.Module):
             if o in names: flow.unknown.setdefault(names[o], names[m])
         return []

@@ -193,15 +193,15 @@ def _difference(a, b):
     try: return difference(a, b)
     except ValueError: return Difference(float('inf'), 1.) # other shapes: a detector that found another number of things
 
-_whys = {'what follows it does not run on the strides of its input': lambda r: r.strided, # what is kept where a fold with it comes to nothing, and why
-         "the model's code asks for what it would lose": lambda r: r.edited or r.joins}
+_whys = {"the model's code asks for what it would lose": lambda r: r.edited or r.joins, # what is kept where a fold with it comes to nothing, in this order, and why
+         'what follows it does not run on the strides of its input': lambda r: r.strided}
 
 class _Fold:
     "One fold of one model"
     def __init__(self, model, xs, kwargs, planned=plan_folds, scales=False):
         self.model,self.example,self.keep,self.planned,self.undo = model,(xs, kwargs) if xs or kwargs else None,{},planned,lambda: None
-        self.traced,self.recorded = trace_flow(model),None
-        if self.example: self.recorded,self.out = _on_example(record_flow, model, self.example, _known)
+        self.recorded,self.out = _on_example(record_flow, model, self.example, _known) if self.example else (None, None)
+        self.traced = trace_flow(model) # now: what hooks keep of a run is the same when the code is traced again
         for flow in filter(None, (self.traced, self.recorded) if scales else ()):
             read_norms(flow)
             read_scales(flow)
@@ -229,7 +229,7 @@ class _Fold:
         plan,new = self.weights()
         try: return self.checked(plan, new, inplace)
         except FoldError:
-            again = {r.name: why for r in plan for why,applies in _whys.items() if applies(r)}
+            again = next(filter(None, ({r.name: why for r in plan if applies(r)} for why,applies in _whys.items())), None)
             if not again: raise
         self.keep |= again
         return self.run(inplace)
@@ -249,7 +249,7 @@ class _Fold:
 
     def retrace(self, plan, folded):
         "The folded model's code must do what it did, but for the BatchNorms: it may have asked one for what an `nn.Identity` has not, or have held on to the original"
-        at = same_outline(self.traced, folded, plan.gone, ran=self.example is not None)
+        at = same_outline(self.traced, folded, plan.gone)
         if not at: return
         raise FoldError(f"without its BatchNorms the model's code takes another way ({at}). The original is as it was: fold the parts of the model that do not look at their BatchNorms")
 
