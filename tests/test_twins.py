@@ -334,6 +334,7 @@ looks = dict( # the same operations, with something else
     with_another_weight=lambda m, x: F.conv2d(m.bn(m.conv(x)), m.a.weight if is_bn(m) else m.b.weight),
     with_another_constant=lambda m, x: m.bn(m.conv(x))*(torch.arange(6.) if is_bn(m) else torch.arange(6.).flip(0)),
     under_another_key=lambda m, x: {'out' if is_bn(m) else 'aux': m.bn(m.conv(x))},
+    in_another_field=lambda m, x: Outputs(y := m.bn(m.conv(x)), y.relu()) if is_bn(m) else Outputs((y := m.bn(m.conv(x))).relu(), y),
     as_a_list=lambda m, x: (list if is_bn(m) else tuple)([m.bn(m.conv(x))]),
     with_nothing_besides=lambda m, x: (y := m.bn(m.conv(x)), *([None] if is_bn(m) else [])),
     with_another_number=lambda m, x: m.bn(m.conv(x))*(2 if is_bn(m) else 3),
@@ -382,6 +383,22 @@ def test_a_hook_that_uses_what_is_inside():
     model = net(lambda m, x: m.block(x), block=nn.Sequential(conv(), bn()))
     model.block.register_forward_hook(lambda m, args, out: out + m[1](args[0]))
     for xs in ((), (x,)): assert difference(run(model, (x,), {}), run(BN_Folder().fold(model, *xs), (x,), {})).relative < 1e-12
+
+
+class Reaches(nn.Module):
+    "Can't be followed, and reaches a layer that it does not hold as modules do"
+    def forward(self, x):
+        try: return self.ref.it(x)
+        except TypeError: return x
+
+@pytest.mark.parametrize('layer, why', [('conv', 'is also read by `op`'), ('bn', 'may use `bn` as well')])
+def test_a_child_that_reaches_a_layer_of_its_parent(layer, why):
+    model = net(lambda m, x: m.bn(m.conv(x)) + m.op(x), conv=conv(), bn=bn(), op=Reaches())
+    model.op.ref = Cache()
+    model.op.ref.it = getattr(model, layer)
+    assert why in fold(model, x, example=False)[1]['bn'].why
+    model.op.ref.it = nn.Identity()
+    assert fold(model, x, example=False)[1]['bn'].folded
 
 
 class Cache:

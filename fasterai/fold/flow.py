@@ -7,7 +7,7 @@ __all__ = ['ATOMS', 'SHAPED_LIKE', 'Value', 'Call', 'values_in', 'mapped', 'nami
            'Flow', 'read_written_out', 'held_in', 'untouched', 'same_random_state', 'young_garbage']
 
 # %% ../../nbs/02_fold.flow.ipynb #bf5c9638
-import functools,gc,operator,random,sys
+import functools,gc,operator,random,sys,weakref
 from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -248,6 +248,11 @@ def read_written_out(
         for e,calls in zip(entries, found): flow.put([Call('batch_norm', (e.args[0], *own, False, 0., getattr(m, 'eps', 0.)), {}, calls[1].outs, e.stack)], calls)
 
 # %% ../../nbs/02_fold.flow.ipynb #5244b878
+@functools.lru_cache(None)
+def _is_record(kind):
+    "Is `kind` a class of the model's own author, whose objects hold what they are given?"
+    return kind.__module__.split('.')[0] not in sys.stdlib_module_names | {'torch', 'numpy', 'fastai', 'fastcore'} and not issubclass(kind, (nn.Module, Tensor, type)) and kind.__dictoffset__ != 0
+
 def _content(o):
     "What an object holds, as far as a `forward` would reach for it"
     if isinstance(o, dict): return [*o.values()]
@@ -255,7 +260,8 @@ def _content(o):
     if isinstance(o, MethodType): return [o.__self__, *_content(o.__func__)]
     if isinstance(o, FunctionType): return [*(c.cell_contents for c in o.__closure__ or () if c != CellType()), *(o.__defaults__ or ())]
     if isinstance(o, functools.partial): return [o.func, *o.args, *o.keywords.values()]
-    return [vars(o)] if isinstance(o, (nn.Module, SimpleNamespace)) else []
+    if isinstance(o, weakref.ref): return [o()]
+    return [vars(o)] if isinstance(o, (nn.Module, SimpleNamespace)) or _is_record(type(o)) else []
 
 def held_in(
     o:object, # A module, or anything that one holds
@@ -274,11 +280,6 @@ def held_in(
 # %% ../../nbs/02_fold.flow.ipynb #476c36fd
 _containers = (list, dict, set, OrderedDict, SimpleNamespace)
 _own = vars(nn.Module()).keys() - {'_parameters', '_buffers', '_modules'} # PyTorch's own bookkeeping, which no `forward` writes
-
-@functools.lru_cache(None)
-def _is_record(kind):
-    "Is `kind` a class of the model's own author, whose objects hold what they are given?"
-    return kind.__module__.split('.')[0] not in sys.stdlib_module_names | {'torch', 'numpy', 'fastai', 'fastcore'} and not issubclass(kind, (nn.Module, Tensor, type)) and kind.__dictoffset__ != 0
 
 def _nested(o):
     "The containers in `o`, itself one, each with a copy of what it holds"

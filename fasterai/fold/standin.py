@@ -9,6 +9,7 @@ __all__ = ['INPLACE', 'METADATA', 'Opaque', 'Impossible', 'phi', 'may_choose', '
 # %% ../../nbs/03_fold.standin.ipynb #7fc015d3
 import builtins,dis,functools,gc,inspect,math,operator,sys,threading,weakref
 from contextlib import ExitStack, contextmanager
+from dataclasses import is_dataclass
 from enum import Enum
 from itertools import product
 from math import prod
@@ -142,6 +143,7 @@ def _given_out(o):
     if issubclass(type(o), fx.Proxy): return o.node
     if isinstance(o, dict): return {k: _given_out(v) for k,v in o.items()}
     if isinstance(o, (tuple, list)): return [type(o).__name__, *map(_given_out, o)]
+    if is_dataclass(o): return [type(o).__name__, _given_out(vars(o))]
     return o if _is_plain(o) else _content(o) if isinstance(o, Tensor) else type(o).__name__
 
 def _nodes(tree): return [p.node for p in values_in(tree, fx.Proxy)]
@@ -362,7 +364,7 @@ class _Tracer(fx.proxy.TracerBase):
     def signature(self):
         "What was done, where, to what, and what came of it, whatever other arguments (a mask) there were"
         done = [n for n in self.nodes if n.op not in ('get_attr', 'output', 'placeholder')]
-        at = {n: i for i,n in enumerate(done)} | {n: n.target for n in self.nodes if n.op in ('get_attr', 'placeholder')}
+        at = {n: i for i,n in enumerate(done)} | {n: (n.op, n.target) for n in self.nodes if n.op in ('get_attr', 'placeholder')}
         read = lambda n: [at[o] for i,o in enumerate(n.inputs) if o in at and not (i and o.op == 'placeholder')]
         return [(n.op, n.target, n.stack[-1], read(n)) for n in done], [read(n) for n in self.nodes if n.op == 'output'], [at.get(n) for n in self.kept]
 

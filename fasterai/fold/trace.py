@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .carry import ORDERS, Stop, order
-from .flow import SHAPED_LIKE, Entry, Flow, Value, held_in, mapped, naming, read_written_out, values_in
+from .flow import SHAPED_LIKE, Entry, Flow, Value, held_in, mapped, naming, read_written_out, under, values_in
 from .layers import LAYERS, layer_call, out_channels
 from .standin import INPLACE, METADATA, Impossible, Opaque, known_layer, may_choose, plain_batchnorm, trace_ways, variants
 
@@ -250,4 +250,6 @@ def _trace_root(m, flow, names, opaque):
         if choice or may_choose(m): flow.undecided.add(names[m])
         for o in held_in(m, nn.Module):
             if o in names: flow.unknown.setdefault(names[o], names[m])
+        for t in held_in(m, nn.Parameter):
+            if t in flow.names and not under(flow.names[t], names[m]): flow.params[flow.names[t]].outside = naming(names[m])
         return []
