@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .bake import computing
 from .carry import CARRIERS, ORDERS, PARTS, Stop, Unknown, cross, nothing
+from .code import reached_into
 from .flow import Call, Value, altered, mapped, naming, under
 from .layers import LAYERS, NORMS, absorbs_before, in_channels, layer_call, out_channels
-from .standin import plain_batchnorm, reached_into
+from .standin import plain_batchnorm
 
 # %% ../../nbs/05_fold.finder.ipynb #81239764
 @dataclass(frozen=True, eq=False)
