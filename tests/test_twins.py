@@ -385,6 +385,19 @@ def test_a_hook_that_uses_what_is_inside():
     for xs in ((), (x,)): assert difference(run(model, (x,), {}), run(BN_Folder().fold(model, *xs), (x,), {})).relative < 1e-12
 
 
+def by_a_hook(m, x, y=None):
+    c = m.conv(x)
+    return c + m.head(y) if y is None else m.bn(c)
+
+def test_a_hook_that_gives_an_input():
+    "A layer that is called on nothing fails, unless a hook finds it something"
+    model = net(by_a_hook, conv=conv(), bn=bn(), head=conv())
+    model.head.register_forward_pre_hook(lambda m, args: (x[:1],) if args[0] is None else args)
+    for xs in ((), (x, x)):
+        new = BN_Folder().fold(model, *xs)
+        for args in ((x,), (x, x)): assert difference(run(model, args, {}), run(new, args, {})).relative < 1e-12
+
+
 class Reaches(nn.Module):
     "Can't be followed, and reaches a layer that it does not hold as modules do"
     def forward(self, x):

@@ -186,7 +186,7 @@ class _Tracer(fx.proxy.TracerBase):
         finally: self.stack.pop()
 
     def leaf(self, m, args, kwargs):
-        if args and args[0] is None and type(m) not in self.opaque and not any(choices for choices,_ in self.frames): raise Impossible(m, 'it is called without an input')
+        if args and args[0] is None and type(m) not in self.opaque and not m._forward_pre_hooks and not any(choices for choices,_ in self.frames): raise Impossible(m, 'it is called without an input')
         out = self.create_proxy('call_module', self.names[m], args, kwargs)
         out.node.training,out.node.settings = m.training,(m, _settings(m)) # now: the trace puts them back
         return out
