@@ -442,6 +442,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fasterai.fold.trace._flatten_shape': ('fold.trace.html#_flatten_shape', 'fasterai/fold/trace.py'),
                                      'fasterai.fold.trace._index_shape': ('fold.trace.html#_index_shape', 'fasterai/fold/trace.py'),
                                      'fasterai.fold.trace._layer_shape': ('fold.trace.html#_layer_shape', 'fasterai/fold/trace.py'),
+                                     'fasterai.fold.trace._may_reach': ('fold.trace.html#_may_reach', 'fasterai/fold/trace.py'),
                                      'fasterai.fold.trace._op_name': ('fold.trace.html#_op_name', 'fasterai/fold/trace.py'),
                                      'fasterai.fold.trace._shape_of': ('fold.trace.html#_shape_of', 'fasterai/fold/trace.py'),
                                      'fasterai.fold.trace._sizes': ('fold.trace.html#_sizes', 'fasterai/fold/trace.py'),

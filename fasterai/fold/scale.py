@@ -149,9 +149,9 @@ def does_without(
 
 def read_parameters(
     flow:Flow, # Changed: what multiplies by, or adds, a parameter of the module that does so becomes a `scale`
+    without:dict, # By a parameter's name, whether its module does without it: what is not known yet is found out and put here
 ):
     "Read what a module with children does with one of its parameters, for each channel, as a `scale` of that parameter"
-    without = {}
     for call in [*flow.calls]:
         m = flow.modules.get(call.module)
         if not (m and m._modules and m._parameters): continue

@@ -208,10 +208,9 @@ def trace_flow(
                 flow.branches |= tracer.branched
                 flow.traces.append((name, set(opaque), tracer))
                 _Graph(flow, tracer)
-    for name,m in model.named_modules():
+    for m in names:
         if m._modules and (m._forward_hooks or m._forward_pre_hooks): # a hook is given its module, and may use what is in it
-            for o in held_in(m, nn.Module):
-                if o in names: flow.unknown.setdefault(names[o], name)
+            _may_reach(flow, m, names)
     read_written_out(flow)
     flow.note_hooks()
     return flow
@@ -232,6 +231,11 @@ def same_outline(
             if now.outline(gone, both) != was.outline(gone, both) or outside(now.called()) != outside(was.called()): return f'{naming(name)} computes something else'
     return ''
 
+def _may_reach(flow, m, names):
+    "What can't be seen of `m` may use every module that it reaches"
+    for o in held_in(m, nn.Module):
+        if o in names: flow.unknown.setdefault(names[o], names[m])
+
 def _trace_root(m, flow, names, opaque):
     "A tracer for each variant of `m`'s arguments, with as few opaque modules as it takes"
     while True:
@@ -249,8 +253,7 @@ def _trace_root(m, flow, names, opaque):
         except Exception as e: why = str(e).strip().split('\n')[0] or type(e).__name__
         flow.failed[names[m]] = why
         if choice or may_choose(m): flow.undecided.add(names[m])
-        for o in held_in(m, nn.Module):
-            if o in names: flow.unknown.setdefault(names[o], names[m])
+        _may_reach(flow, m, names)
         for t in held_in(m, nn.Parameter):
             if t in flow.names and not under(flow.names[t], names[m]): flow.params[flow.names[t]].outside = naming(names[m])
         return []

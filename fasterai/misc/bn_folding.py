@@ -202,10 +202,11 @@ class _Fold:
         self.model,self.example,self.keep,self.planned,self.undo = model,(xs, kwargs) if xs or kwargs else None,{},planned,lambda: None
         self.recorded,self.out = _on_example(record_flow, model, self.example, _known) if self.example else (None, None)
         self.traced = trace_flow(model) # now: what hooks keep of a run is the same when the code is traced again
+        without = {}
         for flow in filter(None, (self.traced, self.recorded) if scales else ()):
             read_norms(flow)
             read_scales(flow)
-            read_parameters(flow)
+            read_parameters(flow, without)
 
     def plan(self): return self.planned(self.recorded or self.traced, self.traced if self.recorded else None, self.keep)
 
