@@ -50,9 +50,11 @@ def measure(source, name, seconds, clock, batch):
     "Every switch that folds more than the plain fold does"
     model, args = build(source, name)
     model, args = rescale(randomise(model)).double(), cast(args, torch.float64)
-    folded = {s: fold(model, args, s) for s in switches}
-    found = {s: r for s, (_, r) in folded.items()}
-    nets = {s: m.float() for s, (m, r) in folded.items() if s == 'plain' or r['gone'] != found['plain']['gone']}
+    found, nets = {}, {}
+    for s in switches:
+        new, found[s] = fold(model, args, s)
+        if s == 'plain' or found[s]['gone'] != found['plain']['gone']: nets[s] = new.float() # one network in float64 at a time, beside the original
+    del model, new
     if seconds and len(nets) > 1:
         args = tree_map(partial(batch_of, batch), cast(args, torch.float32))
         timers = {s: Timer('m(*args)', globals=dict(m=m, args=args), num_threads=torch.get_num_threads(), timer=clock) for s, m in nets.items()}
