@@ -68,5 +68,5 @@ def take(
 )->Affine: # Over `D` channels
     "The affine whose channel `i` is channel `index[i]` of `f`"
     index = index.to(f.scale.device)
-    scale = torch.where(index >= 0, f.scale[index.clamp(min=0)], 1.)
-    return Affine(scale, torch.where(index >= 0, f.shift[index.clamp(min=0)], 0.) if shift else torch.zeros_like(scale))
+    one,zero = torch.ones_like(f.scale[:1]), torch.zeros_like(f.scale[:1]) # what -1, the last, stands for
+    return Affine(torch.cat([f.scale, one])[index], torch.cat([f.shift, zero])[index] if shift else torch.zeros_like(index, dtype=f.shift.dtype))

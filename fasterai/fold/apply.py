@@ -6,18 +6,20 @@
 __all__ = ['Unfit', 'new_weights', 'Nothing', 'become', 'copied', 'apart', 'folded_copy', 'fold_inplace']
 
 # %% ../../nbs/07_fold.apply.ipynb #3ad24c5c
-import copy
+import copy,copyreg,functools
 from collections import ChainMap, OrderedDict
 from collections.abc import Callable
 from contextlib import ExitStack
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
-from .affine import batchnorm_affine, take, then, to_float64
+from .affine import Affine, batchnorm_affine, take, then, to_float64
 from .clamp import ChannelClamp, through_clamp
 from .compose import in_parallel, in_series
-from .flow import under
+from .flow import ATOMS, under
 from .layers import absorb, absorb_batchnorm, grouped, in_channels, like, out_channels, ungrouped
 from .plan import Plan
 from .scale import bared, scale_affine
@@ -29,17 +31,27 @@ class Unfit(ArithmeticError):
 
 def _inside(name, attr): return f'{name}.{attr}'.removeprefix('.')
 
+def _affines(rows, tensors):
+    "The affine of each row; those of all BatchNorms that are alike come of one computation"
+    found,alike = {r.name: scale_affine(r.steps, r.size, tensors) for r in rows if r.steps}, {}
+    for r in rows:
+        if not r.steps: alike.setdefault((r.eps, *(n and tensors[n].device for n in r.stats)), []).append(r)
+    for (eps,*_),group in alike.items():
+        weight,bias,mean,var = (torch.cat([tensors[n].detach() for n in names]) if all(names) else None for names in zip(*(r.stats for r in group)))
+        f = batchnorm_affine(mean, var, weight, bias, eps)
+        sizes = [len(tensors[r.stats[3]]) for r in group]
+        found |= {r.name: Affine(*pieces) for r,*pieces in zip(group, f.scale.split(sizes), f.shift.split(sizes))}
+    return found
+
 _none = None,None,None,False
 
 def _compose(plan, tensors):
     "For each layer's weight: an `Absorb`, the affine before the layer, the affine after it, and whether any of them shifts; for each BatchNorm that becomes a clamp: its bounds; and for each layer's input channel how large the bound is that holds it"
     sides,bounds,reach = {},{},{}
-    for row in plan:
-        if not row.folded or row.joins: continue
-        if row.steps: f = scale_affine(row.steps, row.size, tensors)
-        else:
-            weight,bias,mean,var = (tensors.get(n) for n in row.stats)
-            f = batchnorm_affine(mean, var, weight, bias, row.eps)
+    rows = [r for r in plan if r.folded and not r.joins]
+    affines = _affines(rows, tensors)
+    for row in rows:
+        f = affines[row.name]
         _,before,after,_ = sides.get(row.stats[0], _none)
         if before: f = then(before, f)
         if after: f = then(f, after)
@@ -61,7 +73,7 @@ def _compose(plan, tensors):
 
 def _finite(*tensors):
     "Are all values finite? (A finite sum says so at once)"
-    return all(t is None or t.is_meta or bool(t.sum().isfinite()) or bool(t.isfinite().all()) for t in tensors)
+    return all(t is None or t.is_meta or isfinite(t.detach().sum()) or bool(t.isfinite().all()) for t in tensors)
 
 def _precise(a, weight, new, before, after, reach):
     "Is a channel, while its clamp holds it, off by no more than its shift may be rounded? (Not if its scale is so small that the new weight is subnormal, or gone)"
@@ -138,19 +150,23 @@ class Nothing(nn.Module):
     )->Tensor: # `[]`
         return self.zero
 
+def _modules(model): return dict(model.named_modules(remove_duplicate=False))
+
 def _swaps(model, plan, new):
     "Each module that goes, and what comes in its place"
+    modules = _modules(model)
     for row in plan:
         if not row.folded or row.edited: continue
-        bn = model.get_submodule(row.name)
+        bn = modules[row.name]
         yield bn, _replacement(bn, row, new)
-        if row.through and not under(row.through, row.name): yield model.get_submodule(row.through), nn.Identity()
+        if row.through and not under(row.through, row.name): yield modules[row.through], nn.Identity()
 
 def _parameters(model, new):
     "The rewritten ones among `new`: the module that holds one, its name there, and its tensor"
+    modules = _modules(model)
     for name,t in new.items():
-        m,attr = _holder(model, name)
-        if attr in m._parameters: yield m, attr, t
+        path,_,attr = name.rpartition('.')
+        if attr in modules[path]._parameters: yield modules[path], attr, t
 
 def _edits(model, plan, new):
     "What changes in modules that stay, for they scale no more, or are of other sizes: the dicts, and their new entries"
@@ -180,20 +196,42 @@ def _gain_bias(layer, attr, bias):
     "Give `layer` its first bias, learned if its weight is"
     layer._parameters[attr] = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
 
-def _holder(model, name):
-    "The module that holds a parameter, and the parameter's own name"
-    path,_,attr = name.rpartition('.')
-    return model.get_submodule(path), attr
+@functools.lru_cache(None)
+def _copied_plainly(cls):
+    "Does `copy.deepcopy` copy the attributes of a module of this class, and no more?"
+    same = all(getattr(cls, n, None) is getattr(nn.Module, n, None) for n in ('__new__', '__deepcopy__', '__reduce__', '__reduce_ex__', '__getstate__'))
+    return same and cls.__setstate__ in (nn.Module.__setstate__, _ConvNd.__setstate__) and cls not in copyreg.dispatch_table and not copyreg._slotnames(cls)
+
+def _copy(o, memo):
+    "`copy.deepcopy`, with the usual attributes of a module before all else, and a tensor's gradient history left behind"
+    kind = type(o)
+    if kind in ATOMS: return o
+    if id(o) in memo: return memo[id(o)]
+    if kind is dict or kind is OrderedDict and not o:
+        new = memo[id(o)] = kind()
+        new.update((k, _copy(v, memo)) for k,v in o.items())
+        return new
+    if isinstance(o, Tensor) and not o.is_leaf: return memo.setdefault(id(o), o.detach().clone())
+    return copy.deepcopy(o, memo)
 
 def copied(
     model:nn.Module,
     memo:dict|None=None, # As `copy.deepcopy` takes it
 )->nn.Module:
-    "A deep copy of `model`, in which a tensor that has a gradient history is copied without it (`copy.deepcopy` refuses those)"
-    memo = {} if memo is None else memo
-    for v in (v for m in model.modules() for v in vars(m).values()):
-        if isinstance(v, Tensor) and not v.is_leaf: memo[id(v)] = v.detach().clone()
-        elif type(v) is OrderedDict and not v: memo[id(v)] = OrderedDict() # where hooks would be; for speed alone
+    "A deep copy of `model`, in which a tensor that has a gradient history is copied without it (`copy.deepcopy` refuses those). Modules that are copied as most are take a third of the time"
+    memo,seen,todo = {} if memo is None else memo, {}, [model]
+    while todo:
+        m = todo.pop()
+        if m is None or m in seen or id(m) in memo: continue
+        seen[m] = _copied_plainly(type(m)) and '__deepcopy__' not in vars(m)
+        todo += m._modules.values()
+    for m,plainly in seen.items():
+        if plainly: memo[id(m)] = object.__new__(type(m)) # all of them before their attributes: one may hold another
+    for m,plainly in seen.items():
+        if plainly: vars(memo[id(m)]).update((name, _copy(v, memo)) for name,v in vars(m).items())
+        else:
+            for v in vars(m).values():
+                if isinstance(v, Tensor): _copy(v, memo)
     return copy.deepcopy(model, memo)
 
 def apart(

@@ -153,7 +153,7 @@ def layer(self:Finder, call, label, before, shift):
     except TypeError as e: raise Stop(f'{self.what(call)} is called in a way that is not understood ({e})') from e
     name = args.weight.name.rpartition('.')[0] if isinstance(args.weight, Value) and args.weight.name else call.module
     weight,bias = self.parameters(call, args.weight, args.bias, name)
-    w = self.model.get_parameter(weight)
+    w = self.flow.tensors[weight]
     if w.dtype not in _real or type(w) not in (Tensor, nn.Parameter): raise Stop(f"{naming(name)}'s weight is a {type(w).__name__} of {w.dtype}")
     if before:
         why = absorbs_before(call.op, args, tuple(w.shape[2:]))
@@ -166,7 +166,7 @@ def layer(self:Finder, call, label, before, shift):
     self.known(name)
     n = (in_channels if before else out_channels)(call.op, w, args.groups)
     if label.numel() not in (1, n): raise Stop(f'{naming(name)} has {n} channels, not {label.numel()}')
-    return Absorb(name, call.op, weight, bias, before, label.flatten().expand(n).clone(), shift, args.groups)
+    return Absorb(name, call.op, weight, bias, before, label.flatten().expand(n).contiguous(), shift, args.groups)
 
 @patch
 def batchnorm(self:Finder, call, label, before, shift):
@@ -178,7 +178,7 @@ def batchnorm(self:Finder, call, label, before, shift):
     if label.numel() not in (1, m.num_features): raise Stop(f'{naming(name)} has {m.num_features} channels, not {label.numel()}')
     if not (plain_batchnorm(m) and m.affine): raise Stop(f'{naming(name)} has no weight of its own')
     weight,bias = self.parameters(call, call.args[1], call.args[2], name)
-    return Absorb(name, 'batch_norm', weight, bias, before, label.flatten().expand(m.num_features).clone(), shift)
+    return Absorb(name, 'batch_norm', weight, bias, before, label.flatten().expand(m.num_features).contiguous(), shift)
 
 @patch
 def parameters(self:Finder, call, weight, bias, name):
@@ -302,7 +302,7 @@ def label(self:Finder, call, behind):
     if call.op == 'scale': axis,size = call.args[3:]
     elif call.op in LAYERS:
         args = layer_call(call.op, call.args, call.kwargs)
-        axis,size = rank - LAYERS[call.op].spatial - 1, (out_channels if behind else in_channels)(call.op, self.model.get_parameter(args.weight.name), args.groups)
+        axis,size = rank - LAYERS[call.op].spatial - 1, (out_channels if behind else in_channels)(call.op, self.flow.tensors[args.weight.name], args.groups)
     else: axis,size = 1, self.flow.params[call.args[3].name].shape[0]
     return torch.arange(size).view([-1 if d == axis else 1 for d in range(rank)])
 

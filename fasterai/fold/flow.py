@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ATOMS', 'SHAPED_LIKE', 'Value', 'Call', 'values_in', 'mapped', 'naming', 'under', 'altered', 'hook_name', 'Entry',
-           'Flow', 'read_written_out', 'held_in', 'untouched', 'same_random_state', 'young_garbage']
+           'tensors_of', 'Flow', 'read_written_out', 'held_in', 'untouched', 'same_random_state', 'young_garbage']
 
 # %% ../../nbs/02_fold.flow.ipynb #bf5c9638
 import functools,gc,operator,random,sys,weakref
@@ -44,8 +44,7 @@ class Call:
     opaque:bool=False # Is it a module that could not be looked into, and may do anything?
     index:int=0 # Its place in the order of the run
 
-    @functools.cached_property
-    def inputs(self): return values_in((self.args, self.kwargs))
+    def __post_init__(self): self.inputs = values_in((self.args, self.kwargs))
     @property
     def written(self):
         "The values that it may write into"
@@ -63,17 +62,17 @@ def values_in(
 )->list: # Each `kind` in `tree`, in order
     "All values in a nested structure"
     found = []
-    _collect(tree, kind, found)
+    _collect((tree,), kind, found)
     return found
 
-def _collect(tree, kind, found):
-    t = type(tree)
-    if t in ATOMS: return
-    if issubclass(t, kind): return found.append(tree)
-    if t is slice: tree = tree.start, tree.stop, tree.step
-    elif issubclass(t, dict): tree = tree.values()
-    elif not issubclass(t, (tuple, list, set, frozenset)): return
-    for o in tree: _collect(o, kind, found)
+def _collect(items, kind, found):
+    for o in items:
+        t = type(o)
+        if t in ATOMS: continue
+        if issubclass(t, kind): found.append(o)
+        elif t is tuple or t is list or issubclass(t, (tuple, list, set, frozenset)): _collect(o, kind, found)
+        elif issubclass(t, dict): _collect(o.values(), kind, found)
+        elif t is slice: _collect((o.start, o.stop, o.step), kind, found)
 
 def mapped(
     tree, # Any nesting of tuples, lists, dicts and slices
@@ -81,11 +80,13 @@ def mapped(
     f:callable, # `f(o)` takes the place of each `kind` `o`
 ):
     "`tree` with something else in the place of each `kind`"
+    t = type(tree)
+    if t in ATOMS: return tree
     if isinstance(tree, kind): return f(tree)
+    if t is tuple or t is list: return t([mapped(o, kind, f) for o in tree])
     if isinstance(tree, dict): return {k: mapped(v, kind, f) for k,v in tree.items()}
-    if isinstance(tree, slice): return slice(*(mapped(o, kind, f) for o in (tree.start, tree.stop, tree.step)))
-    if isinstance(tree, tuple) and hasattr(tree, '_fields'): return type(tree)(*(mapped(o, kind, f) for o in tree))
-    return type(tree)(mapped(o, kind, f) for o in tree) if type(tree) in (list, tuple) else tree
+    if t is slice: return slice(*(mapped(o, kind, f) for o in (tree.start, tree.stop, tree.step)))
+    return t(*(mapped(o, kind, f) for o in tree)) if isinstance(tree, tuple) and hasattr(tree, '_fields') else tree
 
 # %% ../../nbs/02_fold.flow.ipynb #b8355d3c
 def naming(
@@ -104,12 +105,12 @@ def under(
 
 # %% ../../nbs/02_fold.flow.ipynb #a4889f2a
 def altered(
-    m:nn.Module, # Not changed
+    o:object, # A module or a row of a plan; not changed
     **attrs, # Attributes
-)->nn.Module: # It shares everything else with `m`
-    "`m` with other attributes, to try out"
-    new = object.__new__(type(m))
-    new.__dict__ = vars(m) | attrs
+)->object: # It shares everything else with `o`
+    "`o` with other attributes"
+    new = object.__new__(type(o))
+    vars(new).update(vars(o) | attrs)
     return new
 
 _hook_kinds = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
@@ -118,7 +119,7 @@ def hook_name(
     m:nn.Module,
 )->str: # '' where there is none
     "The name of the first forward or backward hook on `m`"
-    hooks = (h for kind in _hook_kinds for h in getattr(m, kind).values())
+    hooks = (h for kind in _hook_kinds if (held := getattr(m, kind)) for h in held.values())
     return next((getattr(h, '__qualname__', type(h).__name__) for h in hooks), '')
 
 # %% ../../nbs/02_fold.flow.ipynb #81957588
@@ -136,6 +137,17 @@ class Entry:
 SHAPED_LIKE = {'reshape_as', 'view_as', 'expand_as'} # read of their second argument the shape alone
 _likes = {f'{n}_like' for n in ('zeros', 'ones', 'full', 'empty', 'rand', 'randn')} | {f'new_{n}' for n in ('zeros', 'ones', 'full', 'empty')}
 
+def tensors_of(
+    modules:dict, # All of a model's, by name
+)->dict: # Its parameters and buffers, each once, by its first name
+    "What `named_parameters` and `named_buffers` give (in a fraction of their time)"
+    named = {}
+    for kind in ('_parameters', '_buffers'):
+        for path,m in modules.items():
+            for attr,t in vars(m)[kind].items():
+                if t is not None: named.setdefault(t, f'{path}.{attr}' if path else attr)
+    return {name: t for t,name in named.items()}
+
 class Flow:
     "Who makes a value and who reads it, for a whole network"
     def __init__(self,
@@ -146,15 +158,13 @@ class Flow:
         self.branches,self.undecided,self.askers = set(),set(),set() # modules that choose their way; those that may, and can't be followed; those that ask for a shape, and might
         self.traces = [] # what a symbolic trace needs to be done again
         self.failed,self.unknown = {},{} # modules that could not be traced, and why; what those can reach, and from where
-        self.tensors = dict([*model.named_parameters(), *model.named_buffers()])
+        self.tensors = tensors_of(self.modules)
         self.names = {t: n for n,t in self.tensors.items()}
-        self.params = {}
-        for t,name in self.names.items():
-            self.params[name] = Value(tuple(t.shape) if not nn.parameter.is_lazy(t) else None, name)
+        self.params = {n: Value(tuple(t.shape) if not nn.parameter.is_lazy(t) else None, n) for n,t in self.tensors.items()}
 
     def add(self, op, args, kwargs, outs, stack, inplace=False, opaque=False):
         "Append a `Call` and tie it to its values"
-        if op in SHAPED_LIKE | _likes: # of one argument the shape alone
+        if op in SHAPED_LIKE or op in _likes: # of one argument the shape alone
             for v in values_in(args[op in SHAPED_LIKE:][:1]): v.asked = True
         if op in SHAPED_LIKE and len(args) == 2: args = (args[0], getattr(args[1], 'shape', None))
         if op in _likes: args = args[1:]
@@ -239,8 +249,9 @@ def read_written_out(
     "Read what multiplies and adds as a BatchNorm does as one `batch_norm`"
     for name,entries in flow.runs().items():
         m = flow.modules[name]
+        if isinstance(m, nn.modules.batchnorm._NormBase) or not hasattr(m, 'running_mean'): continue
         held = [getattr(m, n, None) for n in _stats]
-        if isinstance(m, nn.modules.batchnorm._NormBase) or any(not isinstance(t, Tensor) or t not in flow.names or t.dim() != 1 for t in held): continue
+        if any(not isinstance(t, Tensor) or t not in flow.names or t.dim() != 1 for t in held): continue
         own = [flow.params[flow.names[t]] for t in held]
         found = [_written_out(flow, name, e, own) for e in entries]
         shapes = [e.args[0].shape for e in entries if e.args]
@@ -278,33 +289,39 @@ def held_in(
     return found
 
 # %% ../../nbs/02_fold.flow.ipynb #476c36fd
-_containers = (list, dict, set, OrderedDict, SimpleNamespace)
+_containers = {list, dict, set, OrderedDict, SimpleNamespace}
 _own = vars(nn.Module()).keys() - {'_parameters', '_buffers', '_modules'} # PyTorch's own bookkeeping, which no `forward` writes
 
-def _nested(o):
-    "The containers in `o`, itself one, each with a copy of what it holds"
-    items = o if isinstance(o, (list, dict, set)) else vars(o)
-    return [(items, items.copy()), *(p for c in (items.values() if isinstance(items, dict) else items) if type(c) in _containers for p in _nested(c))]
+def _note(o, before, tensors, bookkeeping=()):
+    "Note what `o` holds, and what the containers in it hold; and the tensors among it that are no parameters"
+    items = o if isinstance(o, (dict, list, set)) else vars(o)
+    before.append((items, items.copy()))
+    for name,v in items.items() if isinstance(items, dict) else enumerate(items):
+        kind = type(v)
+        if kind in ATOMS or kind is nn.Parameter or name in bookkeeping: continue
+        if kind in _containers or bookkeeping and _is_record(kind): _note(v, before, tensors)
+        elif isinstance(v, Tensor) and not isinstance(v, nn.Parameter) and not v.is_inference(): tensors.append((v, v._version, v.detach().clone()))
+
+def _changed(o, old):
+    "Does `o` hold something else, or in another order?"
+    if isinstance(o, dict): return len(o) != len(old) or not all(map(operator.is_, o.values(), old.values())) or [*o] != [*old]
+    return len(o) != len(old) or not all(map(operator.is_, o, old))
 
 @contextmanager
 def untouched(
     model:nn.Module, # Restored on leaving: each module's attributes, the lists, dicts and sets among them, and the tensors that are no parameters
 ):
     "Undo whatever runs inside does to the attributes of `model`'s modules"
-    before = [p for m in model.modules() for d in [m.__dict__] for p in [(d, d.copy()), *(q for k,v in d.items() if (type(v) in _containers or _is_record(type(v))) and k not in _own for q in _nested(v))]]
-    tensors = [(t, t._version, t.detach().clone()) for _,old in before for t in (old.values() if isinstance(old, dict) else old)
-               if type(t) not in ATOMS and issubclass(type(t), Tensor) and not isinstance(t, nn.Parameter) and not t.is_inference()]
+    before,tensors = [],[]
+    for m in model.modules(): _note(m.__dict__, before, tensors, _own)
     try: yield
     finally:
         for o,old in before:
-            if len(o) != len(old) or isinstance(o, dict) and [*o] != [*old] or not all(map(operator.is_, _held(o), _held(old))): _refill(o, old)
+            if _changed(o, old):
+                o.clear()
+                (o.extend if isinstance(o, list) else o.update)(old)
         for t,version,old in tensors:
             if t._version != version: t.detach().copy_(old)
-
-def _held(o): return o.values() if isinstance(o, dict) else o
-def _refill(o, old):
-    o.clear()
-    (o.extend if isinstance(o, list) else o.update)(old)
 
 # %% ../../nbs/02_fold.flow.ipynb #a648a9de
 @contextmanager

@@ -107,11 +107,11 @@ def in_channels(
 
 # %% ../../nbs/01_fold.layers.ipynb #11bb168b
 def flush(
-    new:Tensor, # float64; changed
-    dtype:torch.dtype, # Where it goes
-)->Tensor: # `new`
-    "Make zero what would be subnormal in `dtype`"
-    return new if dtype == torch.float16 else torch.hardshrink(new, torch.finfo(dtype).tiny, out=new)
+    t:Tensor, # Floating; changed
+)->Tensor: # `t`
+    "Make zero what is subnormal"
+    info = torch.finfo(t.dtype)
+    return t if t.dtype == torch.float16 else torch.hardshrink(t, info.tiny*(1-info.eps), out=t)
 
 def like(
     old:Tensor, # Gives dtype, device, strides (if the shape is another: memory format)
@@ -122,10 +122,10 @@ def like(
     else:
         formats = {4: torch.channels_last, 5: torch.channels_last_3d}.get(old.dim(), torch.contiguous_format)
         stored = torch.empty(new.shape, dtype=old.dtype, device=old.device, memory_format=torch.contiguous_format if old.is_contiguous() else formats)
-    return stored.copy_(flush(new, old.dtype))
+    return flush(stored.copy_(new))
 
 # %% ../../nbs/01_fold.layers.ipynb #b964eaff
-_block = 1 << 17 # numbers at a time
+_block = 1 << 18 # numbers at a time: from one step to the next they stay in a processor's cache
 
 def _blocks(grouped):
     "Slices of the first two axes of `grouped`, each of about `_block` numbers"
@@ -144,13 +144,14 @@ def absorb(
 )->tuple[Tensor,Tensor]: # New weight and bias: dtype, device and memory format of `weight`
     "The weight and bias of the one layer that computes `after(layer(before(x)))`"
     weight = weight.detach()
+    old = grouped(op, weight, groups)
+    buffer = to_float64(weight.new_empty(())).new_empty(max(_block, old[0,0].numel()))
     stored = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    old,new = grouped(op, weight, groups), grouped(op, stored, groups)
-    shift = to_float64(old.new_zeros(old.shape[:2]) if bias is None else bias.view(old.shape[:2]))
-    shift = shift.clone()
+    new = grouped(op, stored, groups)
+    shift = buffer.new_zeros(old.shape[:2])
+    if bias is not None: shift.copy_(bias.detach().view(old.shape[:2]))
     of_in,of_out = (None if f is None else [v.to(shift.device).view(groups, -1) for v in (f.scale, f.shift)] for f in (before, after))
     rows = None if after is None else of_out[0][...,None,None]
-    buffer = shift.new_empty(min(weight.numel(), max(_block, old[0,0].numel())))
     for at in _blocks(old):
         part = old[at]
         w = buffer[:part.numel()].view(part.shape).copy_(part)
@@ -158,7 +159,7 @@ def absorb(
             shift[at] += (w.sum(-1)*of_in[1][at[0],None]).sum(-1)
             w.mul_(of_in[0][at[0],None,:,None])
         if after is not None: w.mul_(rows[at])
-        new[at].copy_(flush(w, weight.dtype))
+        flush(new[at].copy_(w))
     if after is not None: shift = shift*of_out[0] + of_out[1]
     stored = stored if stored.stride() == weight.stride() else torch.empty_like(weight).copy_(stored)
     return stored, like(weight.new_empty(shift.numel()), shift.flatten())

@@ -6,7 +6,6 @@
 __all__ = ['KINDS', 'SERIES', 'PARALLEL', 'Geometry', 'geometry', 'seen', 'sees_one_place', 'fits', 'plan_linear']
 
 # %% ../../nbs/07_fold.linear.ipynb #84543d42
-from dataclasses import replace
 from math import prod
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .carry import CARRIERS, ORDERS, PARTS, SAME, Stop
 from .finder import Absorb, Finder
-from .flow import Call, Flow, Value, naming
+from .flow import Call, Flow, Value, altered, naming
 from .layers import LAYERS, LayerCall, in_channels, layer_call, out_channels
 from .plan import Plan, Row, in_all_ways
 
@@ -47,7 +46,7 @@ def leaving(self:Finder, name, calls):
     self.known(name)
     self.private(row.stats, calls)
     if self.rest(name, calls): raise Stop('more than normalisation happens in it')
-    return replace(row, groups=self.flow.params[row.stats[2]].shape[0])
+    return altered(row, groups=self.flow.params[row.stats[2]].shape[0])
 
 # %% ../../nbs/07_fold.linear.ipynb #fa3ba7df
 class Geometry(NamedTuple):
@@ -106,7 +105,7 @@ def series(self:Finder, row, calls, before):
     if any(len(v.readers) != 1 or v.outside or v.asked for way in ways for c in (way[:-1] if before else way[1:]) for v in c.outs): raise Stop('someone else looks at what is between')
     if not torch.equal(a.index, torch.arange(mine.outs if before else mine.ins)): raise Stop('not all of the channels arrive in their order')
     other = geometry(a.op, self.own_layer(a.layer, self.calls_of.get(a.layer, []))[0])
-    row = replace(row, absorbs=absorbs, joins='series')
+    row = altered(row, absorbs=absorbs, joins='series')
     size = lambda outs, ins, groups: outs*ins//groups*prod(other.kernel)
     one = size(other.outs, mine.ins, row.joint_groups) if before else size(mine.outs, other.ins, row.joint_groups)
     stays = size(other.outs, other.ins, other.groups)
@@ -164,7 +163,7 @@ def beside(self:Finder, row, calls):
     args,(weight,bias) = self.own_layer(name, self.calls_of[name])
     if sorted(c.index for c in found) != [c.index for c in self.calls_of[name]]: raise Stop(f'{naming(name)} is not always beside it, and once')
     absorb = Absorb(name, found[0].op, weight, bias, False, torch.arange(seen(found[0]).outs), True, args.groups)
-    return replace(row, absorbs=(absorb,), joins='parallel'), ways
+    return altered(row, absorbs=(absorb,), joins='parallel'), ways
 
 @patch
 def seen_beside(self:Finder, call, other):

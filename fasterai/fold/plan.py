@@ -7,7 +7,7 @@ __all__ = ['NEIGHBOURS', 'THROUGH', 'Row', 'Plan', 'in_all_ways', 'plan_folds']
 
 # %% ../../nbs/06_fold.plan.ipynb #1f4f23ea
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from fastcore.basics import patch
 from torch import nn
@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .bake import computing
 from .carry import ORDERS, PARTS, Stop, Unknown
 from .finder import CLAMPS, Finder
-from .flow import Flow, Value, naming, under
+from .flow import Flow, Value, altered, naming, under
 
 # %% ../../nbs/06_fold.plan.ipynb #128b5f8c
 @dataclass(frozen=True, eq=False)
@@ -145,7 +145,7 @@ def judge(self:Finder, name, calls, sides, confirm=None):
         self.private(row.stats, calls)
         if row.bare: sides = {'after it': Finder.behind}
         elif row.steps: sides = NEIGHBOURS
-        if not row.edited: row = replace(row, rest=self.rest(name, calls))
+        if not row.edited: row = altered(row, rest=self.rest(name, calls))
         row = self.best(row, calls, sides, confirm and confirm(name))
         if row.steps and len({self.flow.tensors[n].dtype for n in (*row.stats, *(a.weight for a in row.absorbs))}) > 1: raise Stop('what takes it in has another dtype')
         if not row.through: self.folded.add(name)
@@ -156,14 +156,14 @@ def judge(self:Finder, name, calls, sides, confirm=None):
 def ahead(self:Finder, row, calls):
     "`row` with the absorbers before the BatchNorm, and the calls on the way"
     absorbs,ways = self.absorbers(calls, False)
-    return replace(row, absorbs=absorbs), ways
+    return altered(row, absorbs=absorbs), ways
 
 @patch
 def behind(self:Finder, row, calls):
     "`row` with the absorbers after the BatchNorm, and the calls on the way"
     if row.rest: raise Stop(f'{naming(row.rest[0])} stands between')
     absorbs,ways = self.absorbers(calls, True)
-    return replace(row, absorbs=absorbs), ways
+    return altered(row, absorbs=absorbs), ways
 
 @patch
 def beyond(self:Finder, row, calls):
@@ -171,7 +171,7 @@ def beyond(self:Finder, row, calls):
     name = self.activation(calls, row.rest)
     absorbs,ways = self.absorbers(calls, True, name)
     m = self.flow.modules[name]
-    return replace(row, absorbs=absorbs, rest=(), through=name, bounds=CLAMPS[type(m)](m), alone=m.inplace and all(map(self.alone, calls))), ways
+    return altered(row, absorbs=absorbs, rest=(), through=name, bounds=CLAMPS[type(m)](m), alone=m.inplace and all(map(self.alone, calls))), ways
 
 NEIGHBOURS = {'before it': Finder.ahead, 'after it': Finder.behind}
 THROUGH = NEIGHBOURS | {'through its activation': Finder.beyond}
@@ -186,7 +186,7 @@ def best(self:Finder, row, calls, sides, confirm):
             if confirm: new = confirm(new, ways)
             strided = not row.bare and any(c.op in ORDERS | PARTS | {'view'} for way in ways for c in way)
             if strided and not confirm: raise Unknown('what follows it would meet a tensor with other strides')
-            return replace(new, strided=strided)
+            return altered(new, strided=strided)
         except Stop as e: whys[side] = e
     kind = Unknown if any(isinstance(e, Unknown) for e in whys.values()) else Stop
     raise kind('; '.join(f'{side}: {why}' for side,why in whys.items()))
@@ -221,7 +221,7 @@ def in_all_ways(
             for n in filter(None, (row.through, row.joins and row.name)): called[n] = runs(symbolic, n) - runs(flow, n)
             for layer,more in called.items():
                 if more: raise Stop(f'{naming(layer)} is also called by {naming(min(more)[0])}, in another way than this run took')
-            if name in rows and rows[name].folded and parts(rows[name]) == parts(row): return replace(row, alone=rows[name].alone)
+            if name in rows and rows[name].folded and parts(rows[name]) == parts(row): return altered(row, alone=rows[name].alone)
             unseen = row.module not in unfollowed and not runs(symbolic, row.module) # the code was followed, and did not go where the run went
             for way in ways:
                 inside,shared = _involved(way)
@@ -230,7 +230,7 @@ def in_all_ways(
                 if at is None and any(c.op == 'squeeze' for c in way): at = shared # it squeezes what happens to be of size one
                 if at is None and unseen: at = shared
                 if at is not None: raise Stop(f'{naming(at)} chooses its way by its input, and not every way is known to allow it')
-            return replace(row, alone=False)
+            return altered(row, alone=False)
         return check
     return of
 

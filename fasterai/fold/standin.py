@@ -149,7 +149,9 @@ def plain_batchnorm(
     "Is `m` a BatchNorm that computes as PyTorch's own does?"
     return isinstance(m, _BatchNorm) and 'forward' not in vars(m) and type(m).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward) and type(m).__call__ is nn.Module.__call__
 
-def _settings(m): return m._parameters.get('bias') is None, [vars(m).get(n) for n in ('stride', 'padding', 'dilation', 'groups', 'eps')]
+def _settings(m):
+    get = vars(m).get
+    return m._parameters.get('bias') is None, get('stride'), get('padding'), get('dilation'), get('groups'), get('eps')
 
 def known_layer(m):
     "Does `m` need no look inside? (For speed alone: a look inside would show the same; and an instance norm would ask whether it is given a batch)"
@@ -180,8 +182,9 @@ class _Tracer(fx.proxy.TracerBase):
         self.stack.append(self.names[m])
         try:
             out = self.leaf(m, args, kwargs) if type(m) in self.opaque or plain_batchnorm(m) or known_layer(m) else self.ways(m, args, kwargs)
-            one = len(args) == 1 and not kwargs and all(issubclass(type(o), fx.Proxy) for o in (args[0], out))
-            self.calls.append((tuple(self.stack), _nodes([args, kwargs]), _nodes(out), one))
+            one = len(args) == 1 and not kwargs and issubclass(type(args[0]), fx.Proxy) and issubclass(type(out), fx.Proxy)
+            given,made = ([args[0].node], [out.node]) if one else (_nodes([args, kwargs]), _nodes(out))
+            self.calls.append((tuple(self.stack), given, made, one))
             return out
         finally: self.stack.pop()
 
@@ -234,9 +237,8 @@ class _Tracer(fx.proxy.TracerBase):
     def here(self): return next(m for m,n in self.names.items() if n == self.stack[-1])
 
     def proxy(self, node):
-        of_numbers = node.inputs and all(n.number for n in node.inputs)
         asks = node.target is builtins.len or node.op == 'call_method' and node.target in METADATA or node.target is getattr and node.args[1] in METADATA
-        node.number = bool(asks or of_numbers)
+        node.number = bool(asks or node.inputs and all(n.number for n in node.inputs))
         return self.made_one((_Number if node.number else _Value)(node, self))
 
     def made_one(self, proxy):
@@ -258,9 +260,11 @@ class _Tracer(fx.proxy.TracerBase):
         if name not in self.proxies: self.proxies[name] = self.made_one(_Held(self.create_node('get_attr', name, (), {}), self, t))
         return self.proxies[name]
 
+    def create_proxy(self, kind, target, args, kwargs): return self.proxy(self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs) if kwargs else {}))
+
     def create_arg(self, a):
         kind = type(a)
-        if issubclass(kind, fx.Proxy): return a.node
+        if kind is _Value or issubclass(kind, fx.Proxy): return a.node
         if kind in (tuple, list): return kind([self.create_arg(o) for o in a])
         if not issubclass(kind, Tensor): return super().create_arg(a)
         p = self.stand_in(a)

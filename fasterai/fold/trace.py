@@ -18,7 +18,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .carry import ORDERS, Stop, order
 from .code import may_choose
-from .flow import SHAPED_LIKE, Entry, Flow, Value, held_in, mapped, naming, read_written_out, under, values_in
+from .flow import SHAPED_LIKE, Entry, Flow, Value, held_in, mapped, naming, read_written_out, tensors_of, under, values_in
 from .layers import LAYERS, layer_call, out_channels
 from .standin import INPLACE, METADATA, Impossible, Opaque, known_layer, plain_batchnorm, trace_ways, variants
 
@@ -138,7 +138,7 @@ class _Graph:
     def __init__(self, flow, tracer):
         self.flow,self.of = flow,{}
         for node in tracer.nodes: self.of[node] = self.read(node, node.stack)
-        values = lambda nodes: [v for n in nodes if isinstance(v := self.of.get(n), Value)]
+        values = lambda nodes: [v for n in nodes if type(v := self.of.get(n)) is Value]
         for stack,args,outs,one in tracer.calls: flow.entries.append(Entry(stack[-1], stack, values(args), values(outs), one))
         for name in tracer.read: flow.params[name].outside = 'a computation on weights'
         for v in (self.of.get(n) for n in tracer.kept):
@@ -165,7 +165,7 @@ class _Graph:
         return self.call(op, args, kwargs, stack, inplace or kwargs.get('inplace') is True or 'out' in kwargs, n)
 
     def held(self, m, *names):
-        return [None if (t := getattr(m, n)) is None else self.flow.params[self.flow.names[t]] if t in self.flow.names else Value() for n in names]
+        return [None if (t := getattr(m, n)) is None else self.flow.params[name] if (name := self.flow.names.get(t)) else Value() for n in names]
 
     def module(self, name, args, kwargs, stack, training):
         "The one operation of a module that is not looked into"
@@ -202,7 +202,7 @@ def trace_flow(
             if type(m).forward is nn.Sequential.forward and name and seen.issuperset(m): continue # nobody calls it, but for what it holds
             seen.add(m)
             tracers = _trace_root(m, flow, names, opaque)
-            if len({str(t.signature()) for t in tracers}) > 1: flow.branches.add(name) # an argument that may be left out, or a True or False, chooses its way
+            if len(tracers) > 1 and len({str(t.signature()) for t in tracers}) > 1: flow.branches.add(name) # an argument that may be left out, or a True or False, chooses its way
             for tracer in tracers:
                 seen.update(flow.modules[stack[-1]] for stack,*_ in tracer.calls)
                 flow.branches |= tracer.branched
@@ -221,12 +221,14 @@ def same_outline(
     gone:dict, # Names of modules and weights, and whether what they are given stands for what they gave
 )->str: # '' or what differs
     "Does the code of a folded model still do what it did?"
-    names,new = {m: n for n,m in folded.named_modules()}, Flow(folded)
-    both = flow.tensors.keys() & new.tensors.keys()
+    modules = dict(folded.named_modules(remove_duplicate=False))
+    names,tensors = {m: n for n,m in folded.named_modules()}, tensors_of(modules)
+    params = {t: n for n,t in tensors.items()}
+    both = flow.tensors.keys() & tensors.keys()
     outside = lambda called: [n for n in called if not any(n[:i] in gone for i,c in enumerate(n) if c == '.')] # what one that is gone called may be gone too
     with _lock:
         for name,opaque,was in flow.traces:
-            try: now = trace_ways(new.modules[name], names, new.names, opaque, was.variant)
+            try: now = trace_ways(modules[name], names, params, opaque, was.variant)
             except (Opaque, Exception) as e: return f"{naming(name)} fails: {getattr(e, 'why', e)}"
             if now.outline(gone, both) != was.outline(gone, both) or outside(now.called()) != outside(was.called()): return f'{naming(name)} computes something else'
     return ''
