@@ -173,7 +173,7 @@ def _edits(model, plan, new):
     for row in plan:
         if row.folded and row.edited:
             m = model.get_submodule(row.module)
-            yield from zip((m._parameters, vars(m)), bared(m, [n.rpartition('.')[2] for n in row.stats]))
+            yield vars(m), bared(m, [n.rpartition('.')[2] for n in row.stats])
         if row.joins == 'series':
             a,groups = row.absorbs[0], row.joint_groups
             outs,ins = (channels(a.op, new[a.weight], groups) for channels in (out_channels, in_channels))
