@@ -41,6 +41,13 @@ def randomise(model, seed=0):
     return model.eval()
 
 
+def _speech(m): return torch.randn(1, 64, 120), torch.tensor([110])
+
+own_inputs = dict(raft_=({}, lambda m: (torch.randn(1, 3, 128, 128), torch.randn(1, 3, 128, 128))), pfpcnet=({}, lambda m: (torch.randn(1, 1, *m.in_size),)),
+                  jasper=(dict(from_audio=False), _speech), quartznet=(dict(from_audio=False), _speech),
+                  voca=({}, lambda m: (torch.randn(2, 1, 16, 29), torch.tensor([1, 3]))), visemenet=({}, lambda m: (torch.randn(34, 8, 195), torch.full((34, 76), 3)))) # of pytorchcv's networks that take no picture of three colours, by how their names start
+
+
 def build(source, name):
     "A network of timm, torchvision or pytorchcv with random weights, and an example: `(model, args)`"
     torch.manual_seed(0)
@@ -50,6 +57,8 @@ def build(source, name):
         return m, (torch.randn(1, *m.default_cfg['input_size']),)
     if source == 'pytorchcv':
         from pytorchcv.model_provider import get_model
+        for start, (options, example) in own_inputs.items():
+            if name.startswith(start): return (m := get_model(name, **options)), example(m)
         m = get_model(name)
         if getattr(m, 'in_size', (0, 0))[1] > 1024: m = get_model(name, in_size=tuple(s//4 for s in m.in_size)) # pictures of streets
         return m, (torch.randn(1, m.in_channels if hasattr(m, 'in_channels') else 3, *(m.in_size if hasattr(m, 'in_size') else (224, 224))),)

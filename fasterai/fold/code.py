@@ -53,10 +53,27 @@ def _asked_by_helpers(f, depth=3):
     return ''
 
 # %% ../../nbs/02_fold.code.ipynb #7459335a
+def _functions(o):
+    "The functions behind an attribute of a class: a method, a property's three, ..."
+    found = (o.fget, o.fset, o.fdel) if isinstance(o, property) else [o.__func__] if isinstance(o, (classmethod, staticmethod)) else [o.func] if isinstance(o, functools.cached_property) else [o]
+    return [inspect.unwrap(f) for f in found if isinstance(f, FunctionType)]
+
+_making = {'__init__', '__setstate__'}
+def _calls_method(i): return i.opname == 'LOAD_METHOD' or i.opname == 'LOAD_ATTR' and sys.version_info >= (3, 12) and i.arg & 1
+def _names(code): return {i.argval for i in code if isinstance(i.argval, str)}
+
+def _class_code(cls):
+    "The instructions of each function of `cls` and its bases, up to PyTorch's own, that may run once a module of it is made"
+    own = [(name, [[*dis.get_instructions(c)] for c in _codes(f.__code__)]) for c in cls.__mro__ if not c.__module__.startswith('torch.nn.') for name,o in vars(c).items() for f in _functions(o)]
+    later,making = [o for o in own if o[0] not in _making], [i for name,cs in own if name in _making for c in cs for i in c]
+    helpers = {i.argval for i in making if _calls_method(i)} - {i.argval for i in making if not _calls_method(i)} # called there, and no more
+    while done := {n for n in helpers if not any(n in _names(c) for name,cs in later if name != n for c in cs)} & {n for n,_ in later}:
+        later = [(n, cs) for n,cs in later if n not in done]
+    return [c for _,cs in later for c in cs]
+
 def _own_code(m):
-    "The instructions of each of `m`'s own methods and of each function that it holds"
-    own = [f for c in type(m).__mro__ if not c.__module__.startswith('torch.nn.') for f in vars(c).values() if isinstance(f, FunctionType) and f.__name__ not in ('__init__', '__setstate__')]
-    return [[*dis.get_instructions(c)] for f in (*own, *vars(m).values()) if isinstance(f, FunctionType) for c in _codes(inspect.unwrap(f).__code__)]
+    "The instructions of each of `m`'s own methods that may run now, and of each function that it holds"
+    return [*_class_code(type(m)), *([*dis.get_instructions(c)] for f in vars(m).values() if isinstance(f, FunctionType) for c in _codes(inspect.unwrap(f).__code__))]
 
 def may_choose(
     m:nn.Module,
@@ -65,8 +82,6 @@ def may_choose(
     return any(i.opname.startswith(('POP_JUMP', 'JUMP_IF')) for code in _own_code(m) for i in code)
 
 _walks = {'modules', 'children', 'named_modules', 'named_children', 'get_submodule', '_modules', 'getattr', 'apply'}
-def _calls_method(i): return i.opname == 'LOAD_METHOD' or i.opname == 'LOAD_ATTR' and sys.version_info >= (3, 12) and i.arg & 1
-
 def reached_into(
     m:nn.Module,
 )->set: # Names of children
