@@ -1,5 +1,5 @@
 "What others get wrong: each case that must not fold, beside its twin that must."
-import functools
+import functools, types
 from dataclasses import dataclass
 
 import pytest, torch
@@ -301,12 +301,36 @@ def by_kind(x): return x.relu()
 def _(x): return x
 def in_a_list(x): return [o if type(o) is torch.Tensor else o.relu() for o in [x]][0]
 
-@pytest.mark.parametrize('helper', [only_tensors, by_way_of, if_callable, by_kind, in_a_list])
+kind_of = type
+def by_another_name(x): return x if kind_of(x) is torch.Tensor else x.relu()
+
+@pytest.mark.parametrize('helper', [only_tensors, by_way_of, if_callable, by_kind, in_a_list, by_another_name])
 def test_a_helper_that_asks_for_the_type(helper):
     "A stand-in would be taken for something else; with an example there is none"
     model = net(lambda m, x: m.bn(helper(m.conv(x))), conv=conv(), bn=bn())
     assert 'it asks `' in fold(model, x, example=False)[1]['bn'].why
     assert fold(model, x)[1]['bn'].folded
+
+
+is_a = isinstance
+def by_a_copy_of_isinstance(x): return x if is_a(x, torch.Tensor) else x.relu()
+def by_overrides(x): return x.relu() if torch.overrides.has_torch_function_unary(x) else x
+def by_its_history(x): return x.relu() if x.grad_fn is not None else x
+def by_the_mode(x): return x.relu() if torch.is_grad_enabled() else x
+def by_identity(x, seen=[]): return x if [x][0] is x and type(seen) is list else x.relu()
+def by_trying(x):
+    try: return x.relu() if x.data_ptr() else x
+    except TypeError: return x
+utilities = types.ModuleType('utilities')
+utilities.by_the_mode = by_the_mode
+def in_a_module(x): return utilities.by_the_mode(x)
+
+@pytest.mark.parametrize('helper', [by_a_copy_of_isinstance, by_overrides, by_its_history, by_the_mode, by_identity, by_trying, in_a_module])
+def test_a_helper_that_asks_what_a_stand_in_cannot_answer(helper):
+    model = net(lambda m, x: m.bn(helper(m.conv(x))), conv=conv(), bn=bn())
+    why = fold(model, x, example=False)[1]['bn'].why
+    assert 'it asks `' in why or 'it c' in why
+    fold(model, x)
 
 
 @pytest.mark.parametrize('forward', [lambda m, x: m.block[0](m.block(x)) if int(x.shape[-1]) > 6 else m.block(x), lambda m, x: getattr(m.block, '0')(m.block(x)) if int(x.shape[-1]) > 6 else m.block(x)])

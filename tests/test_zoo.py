@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest, torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent/'benchmarks'))
-from common import build, randomise
+from common import build, cast, randomise
 from helpers import assert_untouched, snapshot
 from fasterai.fold.verify import difference, first_difference, run
 from fasterai.misc.bn_folding import BN_Folder
@@ -13,13 +13,15 @@ from fasterai.misc.bn_folding import BN_Folder
 goals = {(n['source'], n['name']): n['linear_fold'] for n in json.load(open(Path(__file__).parent.parent/'benchmarks'/'zoo.json'))['networks']}
 names = [('timm', n) for n in ('test_resnet', 'test_byobnet', 'test_efficientnet', 'test_coatnet', 'efficientvit_b0', 'levit_128s', 'densenet121', 'repghostnet_050', 'xcit_nano_12_p8_224', 'hrnet_w18_small', 'mobilenetv3_small_050')]
 names += [('torchvision', n) for n in ('googlenet', 'shufflenet_v2_x0_5', 'fasterrcnn_mobilenet_v3_large_320_fpn', 'lraspp_mobilenet_v3_large', 'ssdlite320_mobilenet_v3_large')]
+names += [('pytorchcv', 'quartznet5x5_en_ls')]
+goals['pytorchcv', 'quartznet5x5_en_ls'] = 33 # all
 
 
 @pytest.mark.parametrize('source,name', names, ids=lambda v: v)
 def test_network(source, name):
     model, args = build(source, name)
     model = randomise(model).double()
-    args = tuple(a.double() if isinstance(a, torch.Tensor) else [t.double() for t in a] for a in args)
+    args = cast(args, torch.float64)
     before, bn = snapshot(model), BN_Folder()
     for example in (args, ()):
         new = bn.fold(model, *example)

@@ -6,19 +6,45 @@
 __all__ = ['KINDS_ASKED', 'question', 'may_choose', 'reached_into', 'is_message']
 
 # %% ../../nbs/02_fold.code.ipynb #f88cad2c
-import dis,functools,inspect,sys
-from types import CodeType, FunctionType
+import builtins,dis,functools,inspect,sys
+from collections.abc import Callable
+from types import CodeType, FunctionType, ModuleType
 
+import torch
 from torch import nn
 
 # %% ../../nbs/02_fold.code.ipynb #61805bcc
-_questions = {'type', 'callable', 'id', 'vars', 'eval', 'exec', 'is_grad_enabled', 'is_inference_mode_enabled', 'getrefcount'}
+_asked = {'is_grad_enabled', 'is_inference_mode_enabled', 'getrefcount', 'is_tensor_like', 'has_torch_function', 'has_torch_function_unary', 'has_torch_function_variadic', 'grad_fn'} # as attributes
+_answers = {type, callable, id, vars, eval, exec, *(getattr(space, n) for space in (sys, torch, torch.overrides) for n in _asked & {*dir(space)})} # see through a stand-in, or tell what a trace does not share with a run
+_isinstance = isinstance # a trace puts another in its place
 
 KINDS_ASKED = 'it asks `type`', 'it asks `callable`' # the same for every tensor
 
 def _codes(code):
     "A function's code, and that of what is defined in it"
     return [code, *(c for o in code.co_consts if isinstance(o, CodeType) for c in _codes(o))]
+
+def _held_by(f):
+    "What the names in the code of `f` stand for outside of it"
+    names = {n for c in _codes(f.__code__) for n in c.co_names}
+    held = {n: f.__globals__[n] if n in f.__globals__ else getattr(builtins, n, None) for n in names} | inspect.getclosurevars(f).nonlocals
+    for space in [o for o in held.values() if isinstance(o, ModuleType)]: held |= {f'{space.__name__}.{n}': vars(space)[n] for n in names & vars(space).keys()}
+    return held
+
+def _asks(f, held):
+    "What the code of a function asks"
+    for c in _codes(f.__code__):
+        code = [*dis.get_instructions(c)]
+        for at,i in enumerate(code):
+            if i.opname in ('CHECK_EXC_MATCH', 'JUMP_IF_NOT_EXC_MATCH'): return 'it catches exceptions'
+            if i.opname == 'MATCH_CLASS': return 'it matches classes'
+            if i.opname.startswith('LOAD_ATTR') and i.argval == '__class__' and code[at-1].argval != 'self': return f'it asks `{i.argval}`'
+            if i.opname == 'IS_OP' and not (code[at-1].opname == 'LOAD_CONST' and code[at-1].argval is None or code[at-2].opname.startswith('CALL')): return 'it compares with `is`'
+            if i.opname.startswith(('LOAD_ATTR', 'LOAD_METHOD')) and i.argval in _asked: return f'it asks `{i.argval}`'
+            if i.opname.startswith(('LOAD_GLOBAL', 'LOAD_DEREF')) and isinstance(o := held.get(i.argval), Callable):
+                if o is _isinstance and i.argval != 'isinstance': return 'it asks `isinstance` by another name'
+                if any(o is a for a in _answers): return f'it asks `{o.__name__}`'
+    return ''
 
 @functools.lru_cache(None)
 def question(
@@ -29,27 +55,18 @@ def question(
     "What the code of a method, or of those that it calls, asks that can't be answered"
     f = inspect.unwrap(getattr(cls, name, None)) if name not in asked else None
     if not isinstance(f, FunctionType) or (f.__module__ or '').startswith(('torch.nn.', 'fasterai.')): return ''
-    for c in _codes(f.__code__):
-        code = [*dis.get_instructions(c)]
-        for at,i in enumerate(code):
-            if i.opname in ('CHECK_EXC_MATCH', 'JUMP_IF_NOT_EXC_MATCH'): return 'it catches exceptions'
-            if i.opname == 'MATCH_CLASS': return 'it matches classes'
-            if i.opname.startswith('LOAD_ATTR') and i.argval == '__class__' and code[at-1].argval != 'self': return f'it asks `{i.argval}`'
-            if i.opname == 'IS_OP' and not (code[at-1].opname == 'LOAD_CONST' and code[at-1].argval is None or code[at-2].opname.startswith('CALL')): return 'it compares with `is`'
-            if i.opname.startswith(('LOAD_GLOBAL', 'LOAD_ATTR', 'LOAD_METHOD')) and i.argval in _questions and (i.opname == 'LOAD_GLOBAL' or i.argval.startswith('is_')): return f'it asks `{i.argval}`'
+    if why := _asks(f, _held_by(f)): return why
     methods = (question(cls, n, (*asked, name)) for n in f.__code__.co_names if isinstance(getattr(cls, n, None), FunctionType))
     return next(filter(None, methods), '') or _asked_by_helpers(f)
 
 @functools.lru_cache(None)
 def _asked_by_helpers(f, depth=3):
     "What the functions that `f` calls by name ask"
-    named = {n: f.__globals__.get(n) for c in _codes(f.__code__) for n in c.co_names} | inspect.getclosurevars(f).nonlocals
-    for helper in named.values() if depth else ():
-        g = inspect.unwrap(helper)
+    for helper in _held_by(f).values() if depth else ():
+        g = inspect.unwrap(helper) if callable(helper) else None
         if not isinstance(g, FunctionType) or (g.__module__ or '').split('.')[0] in ('torch', 'fasterai'): continue
         if hasattr(helper, 'registry'): return 'it asks `type`' # by `functools.singledispatch`
-        asks = next((i.argval for c in _codes(g.__code__) for i in dis.get_instructions(c) if i.opname == 'LOAD_GLOBAL' and i.argval in ('type', 'callable')), '')
-        if why := f'it asks `{asks}`' if asks else _asked_by_helpers(g, depth-1): return why
+        if why := _asks(g, _held_by(g)) or _asked_by_helpers(g, depth-1): return why
     return ''
 
 # %% ../../nbs/02_fold.code.ipynb #7459335a
