@@ -133,6 +133,7 @@ def _replacement(bn, row, new):
     kept = [(n.rpartition('.')[2], bn.get_submodule(n.rpartition('.')[2])) for n in row.rest]
     if row.through: made = ChannelClamp(new[_inside(row.name, 'lower')], new[_inside(row.name, 'upper')], row.alone)
     elif row.joins == 'parallel': made = Nothing(new[row.absorbs[0].weight])
+    elif row.heir: made = copy.deepcopy(kept[0][1])
     else: made = nn.Sequential(OrderedDict(kept)) if kept else nn.Identity()
     made.training = bn.training
     return made

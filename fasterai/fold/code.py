@@ -31,12 +31,12 @@ def _held_by(f):
     for space in [o for o in held.values() if isinstance(o, ModuleType)]: held |= {f'{space.__name__}.{n}': vars(space)[n] for n in names & vars(space).keys()}
     return held
 
-def _asks(f, held):
+def _asks(f, held, catches=True):
     "What the code of a function asks"
     for c in _codes(f.__code__):
         code = [*dis.get_instructions(c)]
         for at,i in enumerate(code):
-            if i.opname in ('CHECK_EXC_MATCH', 'JUMP_IF_NOT_EXC_MATCH'): return 'it catches exceptions'
+            if catches and i.opname in ('CHECK_EXC_MATCH', 'JUMP_IF_NOT_EXC_MATCH'): return 'it catches exceptions'
             if i.opname == 'MATCH_CLASS': return 'it matches classes'
             if i.opname.startswith('LOAD_ATTR') and i.argval == '__class__' and code[at-1].argval != 'self': return f'it asks `{i.argval}`'
             if i.opname == 'IS_OP' and not (code[at-1].opname == 'LOAD_CONST' and code[at-1].argval is None or code[at-2].opname.startswith('CALL')): return 'it compares with `is`'
@@ -61,12 +61,12 @@ def question(
 
 @functools.lru_cache(None)
 def _asked_by_helpers(f, depth=3):
-    "What the functions that `f` calls by name ask"
+    "What the functions that `f` calls by name ask. (One that catches exceptions may do so for an older PyTorch, with nothing that a stand-in stands for)"
     for helper in _held_by(f).values() if depth else ():
         g = inspect.unwrap(helper) if callable(helper) else None
         if not isinstance(g, FunctionType) or (g.__module__ or '').split('.')[0] in ('torch', 'fasterai'): continue
         if hasattr(helper, 'registry'): return 'it asks `type`' # by `functools.singledispatch`
-        if why := _asks(g, _held_by(g)) or _asked_by_helpers(g, depth-1): return why
+        if why := _asks(g, _held_by(g), catches=False) or _asked_by_helpers(g, depth-1): return why
     return ''
 
 # %% ../../nbs/02_fold.code.ipynb #7459335a

@@ -6,6 +6,7 @@
 __all__ = ['CLAMPS', 'Absorb', 'Finder', 'uses_bias']
 
 # %% ../../nbs/05_fold.finder.ipynb #c232e95a
+from collections import Counter
 from dataclasses import dataclass
 from math import inf
 
@@ -54,6 +55,7 @@ class Finder:
             for attr,p in m._parameters.items(): # two parameters in one memory have both of their owners
                 if p is not None: memory.setdefault((p.data_ptr(), p.device) if p.numel() and not p.is_meta else id(p), {})[name, attr] = flow.names[p]
         for held in memory.values(): self.owners |= {n: [*held] for n in held.values()}
+        self.held = Counter(flow.modules.values()) # in how many places each module is
         self.calls_of,self.runs_of,self.children_of = {},flow.runs(),{} # by module: its own calls, its runs, the runs of its children
         self.runs_on = {e.args[0]: e for e in flow.entries if e.one and len(e.args) == 1 and type(self.flow.modules[e.name]) in CLAMPS}
         for c in flow.calls: self.calls_of.setdefault(c.module, []).append(c)

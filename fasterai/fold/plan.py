@@ -6,6 +6,7 @@
 __all__ = ['NEIGHBOURS', 'THROUGH', 'Row', 'Plan', 'in_all_ways', 'plan_folds']
 
 # %% ../../nbs/06_fold.plan.ipynb #1f4f23ea
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .bake import computing
 from .carry import ORDERS, PARTS, Stop, Unknown
 from .finder import CLAMPS, Finder
-from .flow import Flow, Value, altered, naming, under
+from .flow import ATOMS, Flow, Value, altered, naming, under
 
 # %% ../../nbs/06_fold.plan.ipynb #128b5f8c
 @dataclass(frozen=True, eq=False)
@@ -28,6 +29,7 @@ class Row:
     stats:tuple=() # Names of its weight, bias, running mean and running variance; `None` where it has none. A layer has two
     eps:float=0.
     rest:tuple=() # Names of those of its own children that run after the normalisation and stay
+    heir:str='' # Name of the one that takes its place, where it is one, and has nothing in it
     strided:bool=False # Might what follows it meet other strides than the BatchNorm gave?
     through:str='' # Name of the activation that it is folded through
     bounds:tuple=() # That activation's
@@ -88,6 +90,10 @@ class Plan:
     def gone(self):
         "Names of the modules that do not do any more what they did, and whether they give what they are given"
         return {n: r.joins != 'parallel' for r in self if r.folded and not r.bare for n in (r.name, r.through or r.name, *(a.layer for a in r.absorbs if r.joins == 'series'))}
+    @property
+    def heirs(self):
+        "By the name of a BatchNorm, that of its child that takes its place"
+        return {r.name: r.heir for r in self if r.folded and r.heir}
     def __getitem__(self, name): return next(r for r in self.rows if r.name == name)
 
 # %% ../../nbs/06_fold.plan.ipynb #bf66fe3f
@@ -110,6 +116,12 @@ def rest(self:Finder, name, calls):
         if run.args != [call.args[0]] or run.outs != [at] or not run.one: raise Stop('its `forward` does more than normalise')
     if len(orders) > 1 or len(set(kept := orders.pop())) < len(kept): raise Stop('its `forward` does not always do the same')
     return tuple(k for k in kept if type(self.flow.modules[k]) is not nn.Identity)
+
+@patch
+def heir(self:Finder, rest):
+    "The one child that stays, if it is nothing but what it does (an activation), and is nowhere else"
+    if len(rest) != 1 or self.held[m := self.flow.modules[rest[0]]] > 1: return ''
+    return rest[0] if all(type(v) in ATOMS or type(v) in (dict, set, OrderedDict) and not v for v in vars(m).values()) else ''
 
 # %% ../../nbs/06_fold.plan.ipynb #b4535ca7
 def _stat_names(flow, call): return tuple(v and v.name for v in call.args[1:5])
@@ -145,7 +157,9 @@ def judge(self:Finder, name, calls, sides, confirm=None):
         self.private(row.stats, calls)
         if row.bare: sides = {'after it': Finder.behind}
         elif row.steps: sides = NEIGHBOURS
-        if not row.edited: row = altered(row, rest=self.rest(name, calls))
+        if not row.edited:
+            rest = self.rest(name, calls)
+            row = altered(row, rest=rest, heir=self.heir(rest))
         row = self.best(row, calls, sides, confirm and confirm(name))
         if row.steps and len({self.flow.tensors[n].dtype for n in (*row.stats, *(a.weight for a in row.absorbs))}) > 1: raise Stop('what takes it in has another dtype')
         if not row.through: self.folded.add(name)
@@ -171,7 +185,7 @@ def beyond(self:Finder, row, calls):
     name = self.activation(calls, row.rest)
     absorbs,ways = self.absorbers(calls, True, name)
     m = self.flow.modules[name]
-    return altered(row, absorbs=absorbs, rest=(), through=name, bounds=CLAMPS[type(m)](m), alone=m.inplace and all(map(self.alone, calls))), ways
+    return altered(row, absorbs=absorbs, rest=(), heir='', through=name, bounds=CLAMPS[type(m)](m), alone=m.inplace and all(map(self.alone, calls))), ways
 
 NEIGHBOURS = {'before it': Finder.ahead, 'after it': Finder.behind}
 THROUGH = NEIGHBOURS | {'through its activation': Finder.beyond}

@@ -277,19 +277,20 @@ class _Tracer(fx.proxy.TracerBase):
         self.nodes.append(node)
         return node
 
-    def outline(self, gone, weights):
-        "What was done, where, and to what, but for what is `gone`: modules and weights by name, and whether what they were given stands for what they gave, or nothing does. A weight that is not one of `weights` is written as `None`"
+    def outline(self, gone, weights, heirs={}):
+        "What was done, where, and to what, but for what is `gone`: modules and weights by name, and whether what they were given stands for what they gave, or nothing does. A weight that is not one of `weights` is written as `None`, and a module that took another's place as it was called: see `heirs`"
         lines,of = [],{} # `of` a node: the line that stands for it, -1 where nothing does, or the name of a weight
         for n in self.nodes:
-            inputs,name = [of[i] for i in n.inputs if i in of], n.target if n.op in ('call_module', 'get_attr') else None
-            passes = next((gone[o] for o in (name, n.stack[-1], *inputs) if o in gone), None)
+            inputs,name,at = [of[i] for i in n.inputs if i in of], n.target if n.op in ('call_module', 'get_attr') else None, heirs.get(n.stack[-1], n.stack[-1])
+            if n.op == 'call_module': name = heirs.get(name, name)
+            passes = next((gone[o] for o in (name, at, *inputs) if o in gone), None)
             if passes is False: of[n] = -1
             elif n.op == 'get_attr' and name: of[n] = name if passes or name in weights else 'None'
             elif passes: of[n] = next((o for o in inputs if type(o) is int), next(iter(inputs), ''))
             else:
                 of[n] = len(lines)
                 args = n.args[:1] if n.target is torch._assert else n.args # not the text of an assertion, which may print a module
-                lines.append((n.op, n.target, n.stack[-1], _written((args, n.kwargs, n.training), of)))
+                lines.append((n.op, name or n.target, at, _written((args, n.kwargs, n.training), of)))
         return lines
 
     def called(self):
@@ -362,7 +363,7 @@ def trace_ways(m, names, params, opaque, variant):
         for c in (untouched(m), same_random_state(), young_garbage()): ctx.enter_context(c)
         ctx.callback(reads.restore)
         ctx.enter_context(tracer.watching())
-        with reads: out = tracer.ways(m, *_given(tracer, variant))
+        with reads: out = (tracer.leaf if known_layer(m) else tracer.ways)(m, *_given(tracer, variant))
         tracer.kept = tracer.still_held(out) # while `out` is there: it may be of a kind that we can't look into
     for layer,settings in (n.settings for n in tracer.nodes if n.op == 'call_module'):
         if settings != _settings(layer): raise Opaque(m, f'it changes the settings of {naming(names[layer])}')

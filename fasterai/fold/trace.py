@@ -219,10 +219,12 @@ def same_outline(
     flow:Flow, # Of a model, traced
     folded:nn.Module, # The model without what is `gone`
     gone:dict, # Names of modules and weights, and whether what they are given stands for what they gave
+    heirs:dict={}, # By the name of a module that is gone, that of its child which took its place
 )->str: # '' or what differs
     "Does the code of a folded model still do what it did?"
     modules = dict(folded.named_modules(remove_duplicate=False))
     names,tensors = {m: n for n,m in folded.named_modules()}, tensors_of(modules)
+    modules |= {was: modules[now] for now,was in heirs.items()}
     params = {t: n for n,t in tensors.items()}
     both = flow.tensors.keys() & tensors.keys()
     outside = lambda called: [n for n in called if not any(n[:i] in gone for i,c in enumerate(n) if c == '.')] # what one that is gone called may be gone too
@@ -230,7 +232,7 @@ def same_outline(
         for name,opaque,was in flow.traces:
             try: now = trace_ways(modules[name], names, params, opaque, was.variant)
             except (Opaque, Exception) as e: return f"{naming(name)} fails: {getattr(e, 'why', e)}"
-            if now.outline(gone, both) != was.outline(gone, both) or outside(now.called()) != outside(was.called()): return f'{naming(name)} computes something else'
+            if now.outline(gone, both, heirs) != was.outline(gone, both) or outside(now.called()) != outside(was.called()): return f'{naming(name)} computes something else'
     return ''
 
 def _may_reach(flow, m, names):

@@ -193,7 +193,7 @@ def _difference(a, b):
     try: return difference(a, b)
     except ValueError: return Difference(float('inf'), 1.) # other shapes: a detector that found another number of things
 
-_whys = {"the model's code asks for what it would lose": lambda r: r.edited or r.joins, # what is kept where a fold with it comes to nothing, in this order, and why
+_whys = {"the model's code asks for what it would lose": lambda r: r.edited or r.joins or r.folded and r.heir, # what is kept where a fold with it comes to nothing, in this order, and why
          'what follows it does not run on the strides of its input': lambda r: r.strided}
 
 class _Fold:
@@ -250,7 +250,7 @@ class _Fold:
 
     def retrace(self, plan, folded):
         "The folded model's code must do what it did, but for the BatchNorms: it may have asked one for what an `nn.Identity` has not, or have held on to the original"
-        at = same_outline(self.traced, folded, plan.gone)
+        at = same_outline(self.traced, folded, plan.gone, plan.heirs)
         if not at: return
         raise FoldError(f"without its BatchNorms the model's code takes another way ({at}). The original is as it was: fold the parts of the model that do not look at their BatchNorms")
 
