@@ -519,3 +519,38 @@ def test_what_holds_something_keeps_its_own_place(model):
 def test_code_that_asks_for_the_activation_of_a_batchnorm():
     model = norm_act(nn.ReLU(), forward=lambda m, x: m.bn(m.conv(x))*(3 if m.bn.act0.inplace else 2))
     for example in (True, False): assert "asks for what it would lose" in fold(model, x, example=example)[1]['bn'].why
+
+
+def asks_for_a_list(m, x): y = m.conv(x); return m.bn(y[0] if type(y) is list else y)
+def asks_for_containers(m, x): y = m.conv(x); return m.bn(y[0] if type(y) in (list, tuple) else y)
+def asks_for_another(m, x): y = m.conv(x); return m.bn(y if type(y) is torch.Tensor else y.relu())
+def asks_twice(m, x): y = m.conv(x); return m.bn(y.relu() if type(y) is list or type(y) is torch.Tensor else y)
+def asks_of_its_input(m, x): return m.bn(m.conv(x[0] if type(x) is list else x))
+
+
+class Forward(nn.Module):
+    "Has a `forward` of a module's own code, with its own globals"
+    def __init__(self, forward): super().__init__(); self.conv, self.bn = conv(), bn(); type(self).forward = forward
+def with_forward(forward): return randomise(type('Forward', (Forward,), {})(forward)).double()
+
+
+@pytest.mark.parametrize('forward, why', [(asks_for_a_list, ''), (asks_for_containers, ''), (asks_for_another, 'it asks `type`'), (asks_twice, 'it asks `type`'), (asks_of_its_input, 'it asks what kind of input it is given')])
+def test_type_is_answered_for_containers_alone(forward, why):
+    "A value that was computed is no list; whether it is a `Tensor` or of a subclass is not known, nor what an input is"
+    for _ in range(2): # what a trace puts into the globals is gone again
+        report = fold(with_forward(forward), x, example=False)[1]
+        assert why in report['bn'].why and report['bn'].folded == (not why) and 'type' not in globals()
+    assert why or fold(with_forward(forward), x)[1]['bn'].folded
+
+
+@pytest.mark.parametrize('forward, channels, folded', [
+    (lambda m, x: torch.cat([m.bn(m.conv(c)) for c in m.first(x).chunk(2, dim=1)], 1), 8, True),
+    (lambda m, x: torch.cat([m.bn(m.conv(c)) for c in torch.chunk(m.first(x).relu(), 2, 1)], 1), 8, False), # behind anything but a layer the number is not known
+    (lambda m, x: torch.cat([m.bn(m.conv(F.pad(c, (0, 0, 0, 0, 0, 4 - c.shape[1])))) for c in m.first(x).chunk(4, dim=1)], 1), 5, False), # there are three
+    (lambda m, x: torch.cat([m.bn(m.conv(c)) for c in x.chunk(1, dim=1)], 1), 4, False),
+    (lambda m, x: torch.cat([m.bn(m.conv(c)) for c in m.first(x).chunk(1, dim=0)], 1), 4, False)])
+def test_loops_over_chunks(forward, channels, folded):
+    model = net(forward, first=conv(o=channels), conv=conv(), bn=bn())
+    row = fold(model, x, example=False)[1]['bn']
+    assert row.folded == folded and (folded or 'it loops over its input' in row.why)
+    fold(model, x)

@@ -28,11 +28,19 @@ def _held_by(f):
     "What the names in the code of `f` stand for outside of it"
     names = {n for c in _codes(f.__code__) for n in c.co_names}
     held = {n: f.__globals__[n] if n in f.__globals__ else getattr(builtins, n, None) for n in names} | inspect.getclosurevars(f).nonlocals
+    held |= {n: o.stands_for for n,o in held.items() if isinstance(o, FunctionType) and hasattr(o, 'stands_for')} # a trace put it there
     for space in [o for o in held.values() if isinstance(o, ModuleType)]: held |= {f'{space.__name__}.{n}': vars(space)[n] for n in names & vars(space).keys()}
     return held
 
-def _asks(f, held, catches=True):
-    "What the code of a function asks"
+_containers = (list, tuple, dict, set)
+def _of_containers(code, held):
+    "Does `code`, from `type` on, ask whether a variable is a container, and no more? (`type(x) is list`; a stand-in is none, and says so if it is for an input, which may be one)"
+    ops = [i for i in code if i.opname not in ('PRECALL', 'PUSH_NULL', 'CACHE')]
+    kinds = 2 + next((n for n,i in enumerate(ops[2:]) if not (i.opname == 'LOAD_GLOBAL' and held.get(i.argval) in _containers)), 0)
+    return ops[0].opname == 'LOAD_FAST' and ops[1].opname.startswith('CALL') and kinds > 2 and ops[kinds].opname in ('IS_OP', 'COMPARE_OP', 'BUILD_TUPLE')
+
+def _asks(f, held, catches=True, containers=False):
+    "What the code of a function asks; `type` may be asked for `containers`"
     for c in _codes(f.__code__):
         code = [*dis.get_instructions(c)]
         for at,i in enumerate(code):
@@ -43,6 +51,7 @@ def _asks(f, held, catches=True):
             if i.opname.startswith(('LOAD_ATTR', 'LOAD_METHOD')) and i.argval in _asked: return f'it asks `{i.argval}`'
             if i.opname.startswith(('LOAD_GLOBAL', 'LOAD_DEREF')) and isinstance(o := held.get(i.argval), Callable):
                 if o is _isinstance and i.argval != 'isinstance': return 'it asks `isinstance` by another name'
+                if o is type and containers and c is f.__code__ and i.opname == 'LOAD_GLOBAL' and _of_containers(code[at+1:at+12], held): continue
                 if any(o is a for a in _answers): return f'it asks `{o.__name__}`'
     return ''
 
@@ -55,7 +64,8 @@ def question(
     "What the code of a method, or of those that it calls, asks that can't be answered"
     f = inspect.unwrap(getattr(cls, name, None)) if name not in asked else None
     if not isinstance(f, FunctionType) or (f.__module__ or '').startswith(('torch.nn.', 'fasterai.')): return ''
-    if why := _asks(f, _held_by(f)): return why
+    named_type = 'type' in f.__globals__ and not hasattr(f.__globals__['type'], 'stands_for') # by the model's author
+    if why := _asks(f, _held_by(f), containers=name == 'forward' and not named_type): return why
     methods = (question(cls, n, (*asked, name)) for n in f.__code__.co_names if isinstance(getattr(cls, n, None), FunctionType))
     return next(filter(None, methods), '') or _asked_by_helpers(f)
 

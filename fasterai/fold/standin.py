@@ -68,6 +68,7 @@ _asked = {'shape', 'dtype', 'device', 'layout', 'ndim'}
 class _Value(_Number):
     "Stands for a tensor"
     def __hash__(self): return self._no() if self.node.op == 'placeholder' else id(self)
+    def __len__(self): return _chunks(self.node) or self._no()
     def __getattr__(self, name):
         if not hasattr(Tensor, name): raise AttributeError(f"'Tensor' object has no attribute {name!r}")
         if name in _asked: return self.tracer.create_proxy('call_function', getattr, (self, name), {})
@@ -114,6 +115,12 @@ def _len(o):
     "`len`, in the modules whose functions are traced: the built-in one can give nothing but a number"
     return o.tracer.create_proxy('call_function', builtins.len, (o,), {}) if issubclass(type(o), fx.Proxy) else builtins.len(o)
 
+def _type(o, *more):
+    "`type`, likewise, where it is asked for containers: an input may be one"
+    if issubclass(type(o), fx.Proxy) and o.node.op == 'placeholder': raise Opaque(o.tracer.here(), 'it asks what kind of input it is given')
+    return type(o, *more)
+_len.stands_for,_type.stands_for = len,type
+
 def _is_plain(o): return type(o) in ATOMS or o is Ellipsis or isinstance(o, (Number, str, range, Enum))
 
 def _written(o, of):
@@ -138,6 +145,19 @@ def _given_out(o):
     return o if _is_plain(o) else _content(o) if isinstance(o, Tensor) else type(o).__name__
 
 def _nodes(tree): return [p.node for p in values_in(tree, fx.Proxy)]
+
+def _channels(node):
+    "How many channels a layer, or a ReLU behind one, gives; `None` if it is something else"
+    m = node.settings[0] if node.op == 'call_module' else None
+    if type(m) is nn.ReLU: return _channels(node.inputs[0])
+    return next((n for a in ('out_channels', 'num_features') if (n := vars(m).get(a))), None) if m else None
+
+def _chunks(node):
+    "How many parts a chunk of channels has, where that is sure: `torch.chunk` may give fewer than it is asked for"
+    name,given = getattr(node.target, '__name__', node.target), dict(zip(('input', 'chunks', 'dim'), node.args)) | node.kwargs
+    if name != 'chunk' or given.get('dim') != 1 or type(given.get('chunks')) is not int: return None
+    size = _channels(given['input'])
+    return given['chunks'] if size and size % given['chunks'] == 0 else None
 
 def phi(*ways):
     "Stands in a graph for the value of one of several ways"
@@ -175,7 +195,7 @@ class _Tracer(fx.proxy.TracerBase):
     "Goes through a part of a model and all that it calls, but for the `opaque` modules"
     def __init__(self, names, params, opaque):
         self.names,self.params,self.opaque,self.nodes,self.autocast = names,params,opaque,[],torch._C._is_any_autocast_enabled()
-        self.thread,self.stack,self.frames,self.calls,self.read,self.proxies,self.branched,self.patched,self.tries,self.made = threading.get_ident(),[],[],[],set(),{},set(),{},0,[]
+        self.thread,self.stack,self.frames,self.calls,self.read,self.proxies,self.branched,self.patched,self.tries,self.made = threading.get_ident(),[],[],[],set(),{},set(),[],0,[]
 
     def call_module(self, m, args, kwargs):
         if m not in self.names: raise Opaque(self.here(), f'it calls a {type(m).__name__} that is no part of the model', choice=False)
@@ -198,8 +218,7 @@ class _Tracer(fx.proxy.TracerBase):
         "Every way through `m`"
         why = 'it has a `forward` of its own' if 'forward' in vars(m) else question(type(m))
         if why: raise Opaque(m, why, choice=why not in KINDS_ASKED)
-        space = inspect.unwrap(type(m).forward).__globals__
-        if 'len' not in space: space['len'] = self.patched.setdefault(id(space), (space, _len))[1]
+        self.patch(inspect.unwrap(type(m).forward))
         outs,choices = [],[]
         while True:
             self.tries += 1
@@ -214,6 +233,14 @@ class _Tracer(fx.proxy.TracerBase):
             choices[-1] = False
         if len(outs) > 1: self.branched.add(self.names[m])
         return self.merge(m, outs)
+
+    def patch(self, forward):
+        "Functions for which Python lets nothing stand in, in the module of a `forward`: `type` only where it asks for that"
+        space = forward.__globals__
+        for name,f in (('len', _len), ('type', _type)):
+            if name not in space and (f is _len or name in forward.__code__.co_names):
+                self.patched.append((space, name))
+                space[name] = f
 
     def merge(self, m, outs):
         "One value for what several ways gave"
@@ -233,7 +260,10 @@ class _Tracer(fx.proxy.TracerBase):
         frame[1] += 1
         return choices[taken]
 
-    def iter(self, obj): raise Opaque(self.here(), 'it loops over its input', choice=False)
+    def iter(self, obj):
+        if n := _chunks(obj.node): return iter([obj[i] for i in range(n)])
+        raise Opaque(self.here(), 'it loops over its input', choice=False)
+
     def here(self): return next(m for m,n in self.names.items() if n == self.stack[-1])
 
     def proxy(self, node):
@@ -317,7 +347,7 @@ class _Tracer(fx.proxy.TracerBase):
         try: yield
         finally:
             nn.Module.__call__,nn.Module.__getattr__,builtins.isinstance = call,get,is_
-            for space,_ in self.patched.values(): del space['len']
+            for space,name in self.patched: del space[name]
 
 # %% ../../nbs/03_fold.standin.ipynb #bc4c3a19
 class _Reads(TorchFunctionMode):
