@@ -554,3 +554,18 @@ def test_loops_over_chunks(forward, channels, folded):
     row = fold(model, x, example=False)[1]['bn']
     assert row.folded == folded and (folded or 'it loops over its input' in row.why)
     fold(model, x)
+
+
+def doubled(y): return F.interpolate(y, size=tuple(2*s for s in y.shape[2:]))
+
+
+@pytest.mark.parametrize('forward, folded', [
+    (lambda m, x: m.bn(doubled(m.conv(x))), True),
+    (lambda m, x: m.bn(m.conv(doubled(F.avg_pool2d(m.other(x).relu(), 2) + 1))), True),
+    (lambda m, x: m.bn(m.conv(doubled(x))), False), # an input may have any number of axes
+    (lambda m, x: m.bn(m.conv(doubled(m.other(x).flatten(2).unsqueeze(2)))), False)]) # not every operation is known
+def test_loops_over_sizes(forward, folded):
+    model = net(forward, conv=conv(), other=conv(), bn=bn())
+    row = fold(model, x, example=False, inputs=[(torch.randn(1, 4, 8, 10).double(),)])[1]['bn']
+    assert row.folded == folded and (folded or 'it loops over its input' in row.why or 'stands between' in row.why)
+    fold(model, x)

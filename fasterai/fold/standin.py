@@ -20,7 +20,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from .code import KINDS_ASKED, is_message, question
-from .flow import ATOMS, naming, same_random_state, untouched, values_in, young_garbage
+from .flow import ATOMS, SHAPED_LIKE, naming, same_random_state, untouched, values_in, young_garbage
+from .layers import LAYERS
 
 # %% ../../nbs/03_fold.standin.ipynb #99f3860c
 class Opaque(BaseException): # not an Exception: no `try` in a `forward` may swallow it
@@ -146,19 +147,6 @@ def _given_out(o):
 
 def _nodes(tree): return [p.node for p in values_in(tree, fx.Proxy)]
 
-def _channels(node):
-    "How many channels a layer, or a ReLU behind one, gives; `None` if it is something else"
-    m = node.settings[0] if node.op == 'call_module' else None
-    if type(m) is nn.ReLU: return _channels(node.inputs[0])
-    return next((n for a in ('out_channels', 'num_features') if (n := vars(m).get(a))), None) if m else None
-
-def _chunks(node):
-    "How many parts a chunk of channels has, where that is sure: `torch.chunk` may give fewer than it is asked for"
-    name,given = getattr(node.target, '__name__', node.target), dict(zip(('input', 'chunks', 'dim'), node.args)) | node.kwargs
-    if name != 'chunk' or given.get('dim') != 1 or type(given.get('chunks')) is not int: return None
-    size = _channels(given['input'])
-    return given['chunks'] if size and size % given['chunks'] == 0 else None
-
 def phi(*ways):
     "Stands in a graph for the value of one of several ways"
 
@@ -179,6 +167,49 @@ def known_layer(m):
     if type(m) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear):
         return vars(m).keys().isdisjoint(('forward', 'weight', 'bias')) and getattr(m, 'padding_mode', 'zeros') == 'zeros' and m._parameters.get('weight') is not None
     return type(m) is nn.ReLU and 'forward' not in vars(m)
+
+# %% ../../nbs/03_fold.standin.ipynb #f119c44e
+def _name(node): return getattr(node.target, '__name__', node.target)
+
+def _layer(node):
+    "The layer that was called, if it is one that computes as PyTorch's own does"
+    m = node.settings[0] if node.op == 'call_module' else None
+    return m if m and (known_layer(m) or plain_batchnorm(m)) else None
+
+_ranks = {nn.Conv1d: 3, nn.Conv2d: 4, nn.BatchNorm2d: 4, nn.Conv3d: 5, nn.BatchNorm3d: 5}
+_keep_rank = {'linear', 'relu', 'relu_', 'relu6', 'prelu', 'leaky_relu', 'elu', 'gelu', 'silu', 'mish', 'hardswish', 'hardtanh', 'sigmoid', 'tanh', 'dropout', 'contiguous', 'interpolate',
+              'max_pool1d', 'max_pool2d', 'max_pool3d', 'avg_pool1d', 'avg_pool2d', 'avg_pool3d'}
+
+_broadcasts = {'cat', 'add', 'sub', 'mul', 'truediv', 'iadd', 'isub', 'imul', 'itruediv'}
+
+def _rank(node):
+    "How many axes a value has, `None` if that is not known. (A convolution is given batches)"
+    m = _layer(node)
+    if m and type(m) is not nn.ReLU: return next((n for kind,n in _ranks.items() if isinstance(m, kind)), None)
+    if not m and _name(node) in LAYERS and (n := LAYERS[_name(node)].spatial): return n+2
+    inputs = node.inputs[:1] if m or _name(node) in _keep_rank else node.inputs[1:2] if _name(node) in SHAPED_LIKE else node.inputs if _name(node) in _broadcasts else []
+    ranks = [_rank(n) for n in inputs if not n.number]
+    return None if None in ranks else max(ranks, default=None)
+
+def _sizes(node):
+    "How many sizes a shape, or a part of one, has; `None` if that is not known"
+    if _name(node) == 'getitem' and type(part := node.args[1]) is slice:
+        n = _sizes(node.args[0])
+        return None if n is None or any(type(i) not in (int, type(None)) for i in (part.start, part.stop, part.step)) else len(range(n)[part])
+    return _rank(node.args[0]) if _type_of(node) is torch.Size and _name(node) != 'getitem' else None
+
+def _channels(node):
+    "How many channels a layer, or a ReLU behind one, gives; `None` if it is something else"
+    m = _layer(node)
+    if type(m) is nn.ReLU: return _channels(node.inputs[0])
+    return next((n for a in ('out_channels', 'num_features') if (n := vars(m).get(a))), None) if m else None
+
+def _chunks(node):
+    "How many parts a chunk of channels has, where that is sure: `torch.chunk` may give fewer than it is asked for"
+    given = dict(zip(('input', 'chunks', 'dim'), node.args)) | node.kwargs
+    if _name(node) != 'chunk' or given.get('dim') != 1 or type(given.get('chunks')) is not int: return None
+    size = _channels(given['input'])
+    return given['chunks'] if size and size % given['chunks'] == 0 else None
 
 # %% ../../nbs/03_fold.standin.ipynb #94f1e555
 _max_ways,_max_choices = 32,12
@@ -261,7 +292,7 @@ class _Tracer(fx.proxy.TracerBase):
         return choices[taken]
 
     def iter(self, obj):
-        if n := _chunks(obj.node): return iter([obj[i] for i in range(n)])
+        if n := _sizes(obj.node) if obj.node.number else _chunks(obj.node): return iter([obj[i] for i in range(n)])
         raise Opaque(self.here(), 'it loops over its input', choice=False)
 
     def here(self): return next(m for m,n in self.names.items() if n == self.stack[-1])
