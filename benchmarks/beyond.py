@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.benchmark import Timer
 
 import networks as lists
-from common import build, cast, is_norm, load, quartiles, randomise, results, save
+from common import build, cast, give_back, is_norm, load, quartiles, randomise, results, save
 from fasterai.fold.verify import aligned, difference, run
 from fasterai.misc.bn_folding import BN_Folder
 from latency import clocks, interleaved
@@ -48,6 +48,7 @@ def batch_of(n, t): return t.repeat(n, *[1]*(t.dim()-1)) if t.dim() == 4 else t
 
 def measure(source, name, seconds, clock, batch):
     "Every switch that folds more than the plain fold does"
+    give_back() # what a large one took
     model, args = build(source, name)
     model, args = rescale(randomise(model)).double(), cast(args, torch.float64)
     found, nets = {}, {}

@@ -1,5 +1,5 @@
 "What the benchmarks share: networks, their examples, random statistics, the environment."
-import json, os, platform, statistics, warnings
+import ctypes, gc, json, os, platform, statistics, warnings
 from datetime import date
 from pathlib import Path
 
@@ -115,6 +115,12 @@ def save(path, **found):
     new = path.with_suffix('.new') # a stopped run leaves the old file or the new one
     new.write_text(json.dumps(dict(environment=environment(), **found), indent=1))
     new.replace(path)
+
+
+def give_back():
+    "Hand freed memory back to the system"
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), 'malloc_trim'): libc.malloc_trim(0)
 
 
 def quartiles(values):

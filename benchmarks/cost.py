@@ -1,25 +1,19 @@
 """What a fold costs, as multiples of one deepcopy and one forward pass measured in the same run, in turn.
 
     python benchmarks/cost.py"""
-import argparse, copy, ctypes, gc, json, resource, statistics, sys, time
+import argparse, copy, json, resource, statistics, sys, time
 
 import torch
 from fastprogress import progress_bar
 from torch import nn
 from torchvision.models import resnet50
 
-from common import randomise, results, save
+from common import give_back, randomise, results, save
 from fasterai.misc.bn_folding import BN_Folder
 
 
-def give_back():
-    "Hand freed memory back, so that every job touches its own for the first time, as it would in a new process; else chance decides which of them finds some that was used before"
-    gc.collect()
-    if hasattr(libc := ctypes.CDLL(None), 'malloc_trim'): libc.malloc_trim(0)
-
-
 def interleaved(rounds, **jobs):
-    "Median seconds of each job, run in turn"
+    "Median seconds of each job, run in turn, each with memory that it touches for the first time, as in a new process; else chance decides which of them finds some that was used before"
     times = {name: [] for name in jobs}
     for _ in progress_bar(range(rounds)):
         for name, job in jobs.items():

@@ -15,7 +15,7 @@ import torch
 from fastprogress import progress_bar
 
 import networks as lists
-from common import build, cast, here, load, randomise, results, save
+from common import build, cast, give_back, here, load, randomise, results, save
 from fasterai.fold.verify import difference, first_difference, run
 from fasterai.misc.bn_folding import BN_Folder
 
@@ -35,6 +35,7 @@ def try_fold(model, example, args):
 
 def measure(source, name):
     "One network, with an example and without"
+    give_back() # what a large one took
     try:
         model, args = build(source, name)
         model, args = randomise(model).double(), cast(args, torch.float64)
