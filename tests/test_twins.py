@@ -1,5 +1,5 @@
 "What others get wrong: each case that must not fold, beside its twin that must."
-import functools, types
+import builtins, functools, operator, types
 from dataclasses import dataclass
 
 import pytest, torch
@@ -569,3 +569,59 @@ def test_loops_over_sizes(forward, folded):
     row = fold(model, x, example=False, inputs=[(torch.randn(1, 4, 8, 10).double(),)])[1]['bn']
     assert row.folded == folded and (folded or 'it loops over its input' in row.why or 'stands between' in row.why)
     fold(model, x)
+
+
+class Two(nn.Module):
+    "Gives a tuple, and can't be followed"
+    def forward(self, y): return (y, y) if float(y.abs().max()) >= 0 else (y,)
+
+
+@pytest.mark.parametrize('forward', [
+    lambda m, x: (lambda y: y*2 if type(y.chunk(2, 1)) is tuple else m.bn(y))(m.conv(x)),
+    lambda m, x: (lambda y: y*2 if isinstance(y.chunk(2, 1), tuple) else m.bn(y))(m.conv(x)),
+    lambda m, x: (lambda y: y*2 if torch.Tensor in (type(y), list, tuple) else m.bn(y))(m.conv(x)),
+    lambda m, x: (lambda y: y*2 if (type(y), list)[0] is torch.Tensor else m.bn(y))(m.conv(x)),
+    lambda m, x: (lambda y: y*2 if y.contiguous() is y else m.bn(y))(m.conv(x)),
+    lambda m, x: (lambda y: y*2 if operator.is_(y.contiguous(), y) else m.bn(y))(m.conv(x)),
+    lambda m, x: (lambda y: y*2 if builtins.type(y) == torch.Tensor else m.bn(y))(m.conv(x)),
+    lambda m, x: (lambda y: y[0]*2 if isinstance(y, tuple) else m.bn(y))(m.two(m.conv(x)))])
+def test_what_may_be_no_tensor(forward):
+    fold(net(forward, conv=conv(), bn=bn(), two=Two()), x, example=False)
+
+
+def by_hand(m, x): return m.b.conv(x)
+class ConvNorm(nn.Module):
+    def __init__(self): super().__init__(); self.conv, self.bn = conv(), bn()
+    def forward(self, x): return self.bn(self.conv(x))
+
+
+def far(x): return float(x.abs().max()) > 1e3
+class Parent(nn.Module):
+    def __init__(self): super().__init__(); self.b = ConvNorm(); self.l = nn.ModuleList([self.b]); self.d = nn.ModuleDict({'k': self.b})
+
+
+@pytest.mark.parametrize('forward, kept', [
+    (lambda m, x: m.l[0].conv(x) if far(x) else m.b(x), True),
+    (lambda m, x: [b.conv for b in m.l][-1](x) if far(x) else m.b(x), True),
+    (lambda m, x: m.d['k'].conv(x) if far(x) else m.b(x), True),
+    (lambda m, x: by_hand(m, x) if far(x) else m.b(x), True),
+    (lambda m, x: m.b.__getattr__('conv')(x) if far(x) else m.b(x), True),
+    (lambda m, x: m.l[0](x) if far(x) else m.b(x), False)])
+def test_a_parent_that_reaches_into_its_children_on_another_way(forward, kept):
+    "and that can't be followed: the example shows one way alone"
+    model = randomise(type('Author', (Parent,), dict(forward=forward))()).double()
+    assert fold(model, x, inputs=[(x*1e4,)])[1]['b.bn'].folded == (not kept)
+
+
+def test_dicts_whose_keys_are_layers_and_weights():
+    model = net(lambda m, x: m.bn(m.conv(x))*m.gains.get(m.conv, 1.)*m.gains.get(m.conv.weight, 1.), conv=conv(), bn=bn())
+    model.gains = {model.conv: 2., model.conv.weight: 3.}
+    for example in (True, False): assert fold(model, x, example=example)[1]['bn'].folded
+
+
+def test_a_batchnorm_inside_of_another():
+    model = net(lambda m, x: m.bn(m.conv(x)), conv=conv(), bn=NormAct(4, NormAct(4, nn.ReLU())))
+    for inplace in (False, True):
+        bn = BN_Folder()
+        want = run(model, (x,), {})
+        assert difference(want, run(bn.fold(model, x, inplace=inplace), (x,), {})).relative < 1e-12 and bn.report.folded == 2

@@ -156,7 +156,7 @@ def _modules(model): return dict(model.named_modules(remove_duplicate=False))
 def _swaps(model, plan, new):
     "Each module that goes, and what comes in its place"
     modules = _modules(model)
-    for row in plan:
+    for row in sorted(plan, key=lambda r: -r.name.count('.')): # what is inside of another first
         if not row.folded or row.edited: continue
         bn = modules[row.name]
         yield bn, _replacement(bn, row, new)
@@ -210,7 +210,7 @@ def _copy(o, memo):
     if id(o) in memo: return memo[id(o)]
     if kind is dict or kind is OrderedDict and not o:
         new = memo[id(o)] = kind()
-        new.update((k, _copy(v, memo)) for k,v in o.items())
+        new.update((_copy(k, memo), _copy(v, memo)) for k,v in o.items())
         return new
     if isinstance(o, Tensor) and not o.is_leaf: return memo.setdefault(id(o), o.detach().clone())
     return copy.deepcopy(o, memo)

@@ -6,7 +6,6 @@
 __all__ = ['CLAMPS', 'Absorb', 'Finder', 'uses_bias']
 
 # %% ../../nbs/05_fold.finder.ipynb #c232e95a
-from collections import Counter
 from dataclasses import dataclass
 from math import inf
 
@@ -18,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .bake import computing
 from .carry import CARRIERS, ORDERS, PARTS, Stop, Unknown, cross, nothing
-from .code import reached_into
+from .code import may_reach
 from .flow import Call, Value, altered, mapped, naming, under
 from .layers import LAYERS, NORMS, absorbs_before, in_channels, layer_call, out_channels
 from .standin import plain_batchnorm
@@ -44,10 +43,11 @@ class Finder:
     def __init__(self, flow, symbolic=None):
         self.model,self.flow,self.folded,self.owners = flow.model,flow,set(),{}
         # what a module can reach that could not be followed; a recorded run followed it where it is in its place, but not where it is held besides
-        reached = {at: reached_into(flow.modules[at]) for at in {*(symbolic or flow).unknown.values()}} if symbolic else {}
+        reaches = {at: may_reach(flow.modules[at]) for at in {*(symbolic or flow).unknown.values()}} if symbolic else {}
+        places = {}
+        for n,m in flow.modules.items(): places.setdefault(m, []).append(n)
         def inside(n, at): # is `n` in its place below `at`, and does `at` call what it is in and no more?
-            child,_,deeper = n[len(at):].removeprefix('.').partition('.')
-            return under(n, at) and not (deeper and child in reached[at])
+            return under(n, at) and not any(reaches[at](p[len(at):].removeprefix('.')) for p in places[flow.modules[n]] if under(p, at) and p != at)
         self.unknown = {n: at for n,at in (symbolic or flow).unknown.items() if symbolic is None or not inside(n, at)}
         self.unfollowed = (symbolic or flow).unknown # the same, wherever that is
         memory = {}
@@ -55,7 +55,7 @@ class Finder:
             for attr,p in m._parameters.items(): # two parameters in one memory have both of their owners
                 if p is not None: memory.setdefault((p.data_ptr(), p.device) if p.numel() and not p.is_meta else id(p), {})[name, attr] = flow.names[p]
         for held in memory.values(): self.owners |= {n: [*held] for n in held.values()}
-        self.held = Counter(flow.modules.values()) # in how many places each module is
+        self.places = places # names of each module
         self.calls_of,self.runs_of,self.children_of = {},flow.runs(),{} # by module: its own calls, its runs, the runs of its children
         self.runs_on = {e.args[0]: e for e in flow.entries if e.one and len(e.args) == 1 and type(self.flow.modules[e.name]) in CLAMPS}
         for c in flow.calls: self.calls_of.setdefault(c.module, []).append(c)

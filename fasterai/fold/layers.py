@@ -145,7 +145,7 @@ def absorb(
     "The weight and bias of the one layer that computes `after(layer(before(x)))`"
     weight = weight.detach()
     old = grouped(op, weight, groups)
-    buffer = to_float64(weight.new_empty(())).new_empty(max(_block, old[0,0].numel()))
+    buffer = to_float64(weight.new_empty(())).new_empty(max(_block, prod(old.shape[2:])))
     stored = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     new = grouped(op, stored, groups)
     shift = buffer.new_zeros(old.shape[:2])

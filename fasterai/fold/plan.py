@@ -120,7 +120,7 @@ def rest(self:Finder, name, calls):
 @patch
 def heir(self:Finder, rest):
     "The one child that stays, if it is nothing but what it does (an activation), and is nowhere else"
-    if len(rest) != 1 or self.held[m := self.flow.modules[rest[0]]] > 1: return ''
+    if len(rest) != 1 or len(self.places[m := self.flow.modules[rest[0]]]) > 1: return ''
     return rest[0] if all(type(v) in ATOMS or type(v) in (dict, set, OrderedDict) and not v for v in vars(m).values()) else ''
 
 # %% ../../nbs/06_fold.plan.ipynb #b4535ca7

@@ -98,7 +98,9 @@ def _isinstance(o, kind, isinstance=isinstance):
     if not issubclass(type(o), _Number): return False
     foreign = sys._getframe(1).f_globals.get('__name__', '').split('.')[0] not in ('torch', 'fasterai')
     if not issubclass(type(o), _Value): return foreign and issubclass(_type_of(o.node), kind)
-    if foreign and o.node.op == 'placeholder' and not issubclass(Tensor, kind): raise Opaque(o.tracer.here(), 'it asks what kind of input it is given')
+    if foreign and not issubclass(Tensor, kind):
+        if o.node.op == 'placeholder': raise Opaque(o.tracer.here(), 'it asks what kind of input it is given')
+        if _gives_several(o.node): return o.tracer.to_bool(o) # it may be: both ways are gone
     return issubclass(Tensor, kind)
 
 _whole = {'dim', 'numel', 'nelement', 'ndimension', 'ndim', 'len', '__len__', 'add', 'sub', 'mul', 'floordiv', 'mod', 'neg'}
@@ -117,8 +119,10 @@ def _len(o):
     return o.tracer.create_proxy('call_function', builtins.len, (o,), {}) if issubclass(type(o), fx.Proxy) else builtins.len(o)
 
 def _type(o, *more):
-    "`type`, likewise, where it is asked for containers: an input may be one"
-    if issubclass(type(o), fx.Proxy) and o.node.op == 'placeholder': raise Opaque(o.tracer.here(), 'it asks what kind of input it is given')
+    "`type`, likewise, where it is asked for containers: an input may be one, or what several things come of"
+    if issubclass(type(o), fx.Proxy):
+        if o.node.op == 'placeholder': raise Opaque(o.tracer.here(), 'it asks what kind of input it is given')
+        if not o.node.number and _rank(o.node) is None: raise Opaque(o.tracer.here(), 'it asks `type`', choice=False)
     return type(o, *more)
 _len.stands_for,_type.stands_for = len,type
 
@@ -191,6 +195,10 @@ def _rank(node):
     ranks = [_rank(n) for n in inputs if not n.number]
     return None if None in ranks else max(ranks, default=None)
 
+_several = {'chunk', 'split', 'tensor_split', 'hsplit', 'vsplit', 'dsplit', 'unbind', 'split_with_sizes', 'unsafe_chunk', 'unsafe_split', 'max', 'min', 'aminmax', 'median', 'mode', 'sort', 'topk', 'kthvalue', 'cummax', 'cummin',
+            'std_mean', 'var_mean', 'frexp', 'nonzero', 'where', 'unique', 'tolist', 'broadcast_tensors', 'meshgrid', 'svd', 'qr', 'eigh', 'multi_head_attention_forward'}
+def _gives_several(node): return _name(node).rstrip('_') in _several or _name(node).endswith('_with_indices') or node.op == 'call_module' and not _layer(node)
+
 def _sizes(node):
     "How many sizes a shape, or a part of one, has; `None` if that is not known"
     if _name(node) == 'getitem' and type(part := node.args[1]) is slice:
@@ -202,7 +210,7 @@ def _channels(node):
     "How many channels a layer, or a ReLU behind one, gives; `None` if it is something else"
     m = _layer(node)
     if type(m) is nn.ReLU: return _channels(node.inputs[0])
-    return next((n for a in ('out_channels', 'num_features') if (n := vars(m).get(a))), None) if m else None
+    return next((len(t) for t in (*m._parameters.values(), *m._buffers.values()) if t is not None), None) if m else None
 
 def _chunks(node):
     "How many parts a chunk of channels has, where that is sure: `torch.chunk` may give fewer than it is asked for"
