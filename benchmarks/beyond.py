@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_map
 from torch.utils.benchmark import Timer
 
 import networks as lists
-from common import build, cast, give_back, is_norm, load, quartiles, randomise, results, save
-from fasterai.fold.verify import aligned, difference, run
+from common import build, cast, error_of, give_back, is_norm, load, quartiles, randomise, results, save
+from fasterai.fold.verify import aligned
 from fasterai.misc.bn_folding import BN_Folder
 from latency import clocks, interleaved
 from peers import attempt
@@ -40,7 +40,7 @@ def fold(model, args, switch):
     bn = BN_Folder(**switches[switch])
     new = bn.fold(model, *args)
     counts = dict(batchnorms=sum(not r.steps and not r.is_layer for r in bn.report if r.folded), scales=sum(bool(r.steps) for r in bn.report if r.folded), layers=sum(r.is_layer for r in bn.report))
-    return new, dict(gone=counts, kept=bn.report.kept, notes=len(bn.report.notes), error=difference(run(model, args, {}), run(new, args, {})).relative)
+    return new, dict(gone=counts, kept=bn.report.kept, notes=len(bn.report.notes), error=error_of(model, new, args, bn.report.plan.places))
 
 
 def batch_of(n, t): return t.repeat(n, *[1]*(t.dim()-1)) if t.dim() == 4 else t

@@ -9,6 +9,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fasterai.fold.verify import difference, first_difference, run
+
 warnings.filterwarnings('ignore')
 here = Path(__file__).parent
 results = here/'results'
@@ -100,6 +102,15 @@ def observe(model, args, places=()):
     with torch.no_grad(), BatchNormsRun() as ran: out = model(*tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, args))
     for h in handles: h.remove()
     return [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)], seen, ran.count
+
+
+limit = 1e-9 # relative, float64: rounding is 1e-13, a wrong fold 1e-2 and more
+
+
+def error_of(model, new, args, places):
+    "How far the outputs of a folded network are off. A detector may sort equal scores another way: it is not, if nothing is at `places`, the modules that a fold left alike"
+    error, both = difference(run(model, args, {}), run(new, args, {})).relative, {n for n, _ in model.named_modules()} & {n for n, _ in new.named_modules()}
+    return error if error < limit or first_difference(model, new, args, {}, [p for p in places if p in both], limit) else 0.
 
 
 def load(path, key='networks'):

@@ -15,20 +15,16 @@ import torch
 from fastprogress import progress_bar
 
 import networks as lists
-from common import build, cast, give_back, here, load, randomise, results, save
-from fasterai.fold.verify import difference, first_difference, run
+from common import build, cast, error_of, give_back, here, limit, load, randomise, results, save
+from fasterai.fold.verify import run
 from fasterai.misc.bn_folding import BN_Folder
-
-limit = 1e-9 # relative, float64: rounding is 1e-13, a wrong fold 1e-2 and more
-
 
 def try_fold(model, example, args):
     "One fold: how many, how far apart, why the rest was kept"
     bn, start = BN_Folder(), time.perf_counter()
     new = bn.fold(model, *example)
     seconds = time.perf_counter() - start
-    error = difference(run(model, args, {}), run(new, args, {})).relative
-    if not error < limit and not first_difference(model, new, args, {}, bn.report.plan.places, limit): error = 0. # a detector sorted equal scores another way
+    error = error_of(model, new, args, bn.report.plan.places)
     return dict(folded=bn.report.folded, total=len(bn.report), error=error, wrong=not error < limit, seconds=round(seconds, 3),
                 kept=Counter(r.why for r in bn.report if r.why).most_common(5))
 
