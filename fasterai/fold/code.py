@@ -37,7 +37,7 @@ def _of_containers(code, held):
     "Where `code`, from `type` on, compares the type of a variable with containers, and does no more with it: `type(x) is list`, `type(x) in (list, tuple)`; or `None`"
     ops = [i for i in code if i.opname not in ('PRECALL', 'PUSH_NULL', 'CACHE')]
     n = next((n for n,i in enumerate(ops[2:]) if not (i.opname == 'LOAD_GLOBAL' and held.get(i.argval) in _containers)), 0)
-    if not (n and ops[0].opname == 'LOAD_FAST' and ops[1].opname.startswith('CALL')): return None
+    if not (n and len(ops) > n+3 and ops[0].opname == 'LOAD_FAST' and ops[1].opname.startswith('CALL')): return None
     first,second = ops[2+n:4+n]
     if n == 1 and first.opname in ('IS_OP', 'COMPARE_OP'): return first.offset
     return second.offset if (first.opname, first.arg, second.opname) == ('BUILD_TUPLE', n, 'CONTAINS_OP') else None
