@@ -1,4 +1,6 @@
 "A real training run of two processes (gloo, on this machine), folded in each of them: they agree, and with the unfolded network."
+import os
+
 import pytest, torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -40,6 +42,13 @@ def joined(rank, store, backend='gloo'):
     dist.init_process_group(backend, init_method=f'file://{store}', rank=rank, world_size=2)
 
 
+def left():
+    "Leave, each once the other is done too, and end the process: a thread of gloo's that outlives Python aborts it, now and then"
+    dist.barrier()
+    dist.destroy_process_group()
+    os._exit(0)
+
+
 @pytest.fixture
 def store(tmp_path): return tmp_path/'store'
 
@@ -63,7 +72,7 @@ def work(rank, store, sync):
         first, second = gathered(p.grad)
         assert torch.equal(first, second)
     with pytest.raises(ValueError, match='fold `model.module`'): bn.fold(model, inplace=True)
-    dist.destroy_process_group()
+    left()
 
 
 @pytest.mark.parametrize('sync', [False, True], ids=['BatchNorm', 'SyncBatchNorm'])
@@ -87,7 +96,7 @@ def work_cuda(rank, store):
     assert bn.report.folded == 1 and difference(model(x), new(x)).relative < 1e-5
     first, second = gathered(new.module[0].weight.detach())
     assert torch.equal(first, second.to(first.device))
-    dist.destroy_process_group()
+    left()
 
 
 def sharded(rank, store):
@@ -101,7 +110,7 @@ def sharded(rank, store):
     plain.load_state_dict({k: v.full_tensor() if hasattr(v, 'full_tensor') else v for k, v in model.state_dict().items()})
     bn.fold(plain)
     assert bn.report.folded == 1
-    dist.destroy_process_group()
+    left()
 
 
 def test_sharded_parameters(store):
