@@ -226,13 +226,12 @@ def copied(
         if m is None or m in seen or id(m) in memo: continue
         seen[m] = _copied_plainly(type(m)) and '__deepcopy__' not in vars(m)
         todo += m._modules.values()
+        for v in vars(m).values(): # first of all: a list may hold it too
+            if type(v) not in ATOMS and isinstance(v, Tensor): _copy(v, memo)
     for m,plainly in seen.items():
         if plainly: memo[id(m)] = object.__new__(type(m)) # all of them before their attributes: one may hold another
     for m,plainly in seen.items():
         if plainly: vars(memo[id(m)]).update((name, _copy(v, memo)) for name,v in vars(m).items())
-        else:
-            for v in vars(m).values():
-                if isinstance(v, Tensor): _copy(v, memo)
     return copy.deepcopy(model, memo)
 
 def apart(

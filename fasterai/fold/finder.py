@@ -20,7 +20,7 @@ from .carry import CARRIERS, ORDERS, PARTS, Stop, Unknown, cross, nothing
 from .code import may_reach
 from .flow import Call, Value, altered, mapped, naming, under
 from .layers import LAYERS, NORMS, absorbs_before, in_channels, layer_call, out_channels
-from .standin import plain_batchnorm
+from .known import plain_batchnorm
 
 # %% ../../nbs/05_fold.finder.ipynb #81239764
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,8 @@ from .carry import ORDERS, Stop, order
 from .code import may_choose
 from .flow import SHAPED_LIKE, Entry, Flow, Value, held_in, mapped, naming, read_written_out, tensors_of, under, values_in
 from .layers import LAYERS, layer_call, out_channels
-from .standin import INPLACE, METADATA, Impossible, Opaque, known_layer, plain_batchnorm, trace_ways, variants
+from .known import known_layer, plain_batchnorm
+from .standin import INPLACE, METADATA, Impossible, Opaque, trace_ways, variants
 
 # %% ../../nbs/04_fold.trace.ipynb #56663ae2
 _keep_shape = {'relu', 'relu6', 'leaky_relu', 'prelu', 'elu', 'selu', 'celu', 'gelu', 'silu', 'mish', 'sigmoid', 'tanh', 'hardtanh',
