@@ -188,6 +188,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fasterai.fold.flow.read_written_out': ('fold.flow.html#read_written_out', 'fasterai/fold/flow.py'),
                                     'fasterai.fold.flow.same_random_state': ('fold.flow.html#same_random_state', 'fasterai/fold/flow.py'),
                                     'fasterai.fold.flow.tensors_of': ('fold.flow.html#tensors_of', 'fasterai/fold/flow.py'),
+                                    'fasterai.fold.flow.uncollected': ('fold.flow.html#uncollected', 'fasterai/fold/flow.py'),
                                     'fasterai.fold.flow.under': ('fold.flow.html#under', 'fasterai/fold/flow.py'),
                                     'fasterai.fold.flow.untouched': ('fold.flow.html#untouched', 'fasterai/fold/flow.py'),
                                     'fasterai.fold.flow.values_in': ('fold.flow.html#values_in', 'fasterai/fold/flow.py'),

@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 from .affine import Affine, batchnorm_affine, take, then, to_float64
 from .clamp import ChannelClamp, through_clamp
 from .compose import in_parallel, in_series
-from .flow import ATOMS, under
+from .flow import ATOMS, uncollected, under
 from .layers import absorb, absorb_batchnorm, grouped, in_channels, like, out_channels, ungrouped
 from .plan import Plan
 from .scale import bared, scale_affine
@@ -243,6 +243,7 @@ def apart(
         if m in old: raise TypeError(f'a {type(m).__name__} is not in the copy: a `__deepcopy__` of its own gives the original')
     return new
 
+@uncollected()
 def folded_copy(
     model:nn.Module, # Not changed
     plan:Plan,

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ATOMS', 'SHAPED_LIKE', 'Value', 'Call', 'values_in', 'mapped', 'naming', 'under', 'altered', 'hook_name', 'Entry',
-           'tensors_of', 'Flow', 'read_written_out', 'held_in', 'untouched', 'same_random_state', 'young_garbage']
+           'tensors_of', 'Flow', 'read_written_out', 'held_in', 'untouched', 'same_random_state', 'uncollected',
+           'young_garbage']
 
 # %% ../../nbs/02_fold.flow.ipynb #bf5c9638
 import functools,gc,operator,random,sys,weakref
@@ -335,6 +336,15 @@ def same_random_state():
         finally:
             random.setstate(states[0])
             if np: np.random.set_state(states[1])
+
+@contextmanager
+def uncollected():
+    "Python does not look for garbage by itself: it would go through all that a large network has made, again and again"
+    was = gc.isenabled()
+    gc.disable()
+    try: yield
+    finally:
+        if was: gc.enable()
 
 @contextmanager
 def young_garbage():

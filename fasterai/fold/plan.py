@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .bake import computing
 from .carry import ORDERS, PARTS, Stop, Unknown
 from .finder import CLAMPS, Finder
-from .flow import ATOMS, Flow, Value, altered, naming, under
+from .flow import ATOMS, Flow, Value, altered, naming, uncollected, under
 
 # %% ../../nbs/06_fold.plan.ipynb #128b5f8c
 @dataclass(frozen=True, eq=False)
@@ -263,6 +263,7 @@ def _untraced(symbolic, name):
     return f"the `forward` of {naming(at)} can't be followed without an example: {symbolic.failed[at]}"
 
 # %% ../../nbs/06_fold.plan.ipynb #0ceb7d20
+@uncollected()
 def plan_folds(
     flow:Flow, # What the model does, from a symbolic trace or from a recorded run
     symbolic:Flow|None=None, # With a recorded run: the symbolic trace

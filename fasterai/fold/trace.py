@@ -18,7 +18,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .carry import ORDERS, Stop, order
 from .code import may_choose
-from .flow import SHAPED_LIKE, Entry, Flow, Value, held_in, mapped, naming, read_written_out, tensors_of, under, values_in
+from .flow import SHAPED_LIKE, Entry, Flow, Value, held_in, mapped, naming, read_written_out, tensors_of, uncollected, under, values_in
 from .layers import LAYERS, layer_call, out_channels
 from .known import known_layer, plain_batchnorm
 from .standin import INPLACE, METADATA, Impossible, Opaque, trace_ways, variants
@@ -190,6 +190,7 @@ class _Graph:
 # %% ../../nbs/04_fold.trace.ipynb #e208e12e
 _lock = threading.RLock()
 
+@uncollected()
 def trace_flow(
     model:nn.Module, # Not run, and not changed
 )->Flow: # For every input
@@ -216,6 +217,7 @@ def trace_flow(
     flow.note_hooks()
     return flow
 
+@uncollected()
 def same_outline(
     flow:Flow, # Of a model, traced
     folded:nn.Module, # The model without what is `gone`
