@@ -195,6 +195,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fasterai.fold.flow.young_garbage': ('fold.flow.html#young_garbage', 'fasterai/fold/flow.py')},
             'fasterai.fold.known': { 'fasterai.fold.known._channels': ('fold.known.html#_channels', 'fasterai/fold/known.py'),
                                      'fasterai.fold.known._layer': ('fold.known.html#_layer', 'fasterai/fold/known.py'),
+                                     'fasterai.fold.known._rank': ('fold.known.html#_rank', 'fasterai/fold/known.py'),
                                      'fasterai.fold.known.chunks_of': ('fold.known.html#chunks_of', 'fasterai/fold/known.py'),
                                      'fasterai.fold.known.gives_several': ('fold.known.html#gives_several', 'fasterai/fold/known.py'),
                                      'fasterai.fold.known.known_layer': ('fold.known.html#known_layer', 'fasterai/fold/known.py'),

@@ -518,7 +518,18 @@ def test_what_holds_something_keeps_its_own_place(model):
 
 def test_code_that_asks_for_the_activation_of_a_batchnorm():
     model = norm_act(nn.ReLU(), forward=lambda m, x: m.bn(m.conv(x))*(3 if m.bn.act0.inplace else 2))
-    for example in (True, False): assert "asks for what it would lose" in fold(model, x, example=example)[1]['bn'].why
+    for example in (True, False):
+        new, report = fold(model, x, example=example)
+        assert report['bn'].folded and new.bn.act0.inplace is False # it is where it was
+
+
+def test_an_activation_that_is_held_besides():
+    act = nn.ReLU()
+    for example in (True, False):
+        model = net(lambda m, x: m.bag[0](m.bn(m.conv(x)) - .1), conv=conv(), bn=NormAct(4, act))
+        model.bag = [act]
+        new, report = fold(model, x, example=example)
+        assert report['bn'].folded and new.bag[0] is new.bn.act0
 
 
 def asks_for_a_list(m, x): y = m.conv(x); return m.bn(y[0] if type(y) is list else y)
@@ -554,6 +565,14 @@ def test_loops_over_chunks(forward, channels, folded):
     row = fold(model, x, example=False)[1]['bn']
     assert row.folded == folded and (folded or 'it loops over its input' in row.why)
     fold(model, x)
+
+
+def test_a_loop_over_the_sizes_of_what_many_things_come_to():
+    def forward(m, x):
+        y = m.conv(x)
+        for _ in range(60): y = y + y.sigmoid()*.1 # 2**60 ways back
+        return m.bn(m.other(doubled(y)))
+    assert fold(net(forward, conv=conv(), other=conv(), bn=bn()), x, example=False)[1]['bn'].folded
 
 
 def doubled(y): return F.interpolate(y, size=tuple(2*s for s in y.shape[2:]))

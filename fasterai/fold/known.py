@@ -60,8 +60,7 @@ _keep_rank = {'linear', 'relu', 'relu_', 'relu6', 'prelu', 'leaky_relu', 'elu', 
 
 _broadcasts = {'cat', 'add', 'sub', 'mul', 'truediv', 'iadd', 'isub', 'imul', 'itruediv'}
 
-def rank_of(node):
-    "How many axes a value has, `None` if that is not known. (A convolution is given batches)"
+def _rank(node):
     m = _layer(node)
     if m and type(m) is not nn.ReLU: return next((n for kind,n in _ranks.items() if isinstance(m, kind)), None)
     if not m and name_of(node) in LAYERS and (n := LAYERS[name_of(node)].spatial): return n+2
@@ -69,9 +68,16 @@ def rank_of(node):
     ranks = [rank_of(n) for n in inputs if not n.number]
     return None if None in ranks else max(ranks, default=None)
 
+def rank_of(node):
+    "How many axes a value has, `None` if that is not known. (A convolution is given batches)"
+    if 'rank' not in vars(node): node.rank = _rank(node) # once: many may come of it
+    return node.rank
+
 _several = {'chunk', 'split', 'tensor_split', 'hsplit', 'vsplit', 'dsplit', 'unbind', 'split_with_sizes', 'unsafe_chunk', 'unsafe_split', 'max', 'min', 'aminmax', 'median', 'mode', 'sort', 'topk', 'kthvalue', 'cummax', 'cummin',
             'std_mean', 'var_mean', 'frexp', 'nonzero', 'where', 'unique', 'tolist', 'broadcast_tensors', 'meshgrid', 'svd', 'qr', 'eigh', 'multi_head_attention_forward'}
-def gives_several(node): return name_of(node).rstrip('_') in _several or name_of(node).endswith('_with_indices') or node.op == 'call_module' and not _layer(node)
+def gives_several(node):
+    "May it be a tuple or a list?"
+    return name_of(node).rstrip('_') in _several or name_of(node).endswith('_with_indices') or node.op == 'call_module' and not _layer(node)
 
 def sizes_of(node):
     "How many sizes a shape, or a part of one, has; `None` if that is not known"

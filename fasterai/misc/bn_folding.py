@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..fold.apply import Unfit, apart, copied, fold_inplace, folded_copy, new_weights
 from ..fold.bake import bake
 from ..fold.carry import CARRIERS
-from ..fold.flow import hook_name, naming, same_random_state
+from ..fold.flow import altered, hook_name, naming, same_random_state
 from ..fold.layers import LAYERS, NORMS
 from ..fold.linear import PARALLEL, SERIES, plan_linear
 from ..fold.merge import merge, unasked
@@ -193,13 +193,13 @@ def _difference(a, b):
     try: return difference(a, b)
     except ValueError: return Difference(float('inf'), 1.) # other shapes: a detector that found another number of things
 
-_whys = {"the model's code asks for what it would lose": lambda r: r.edited or r.joins or r.folded and r.heir, # what is kept where a fold with it comes to nothing, in this order, and why
+_whys = {"the model's code asks for what it would lose": lambda r: r.edited or r.joins, # what is kept where a fold with it comes to nothing, in this order, and why
          'what follows it does not run on the strides of its input': lambda r: r.strided}
 
 class _Fold:
     "One fold of one model"
     def __init__(self, model, xs, kwargs, planned=plan_folds, scales=False):
-        self.model,self.example,self.keep,self.planned,self.undo = model,(xs, kwargs) if xs or kwargs else None,{},planned,lambda: None
+        self.model,self.example,self.keep,self.planned,self.undo,self.heirs = model,(xs, kwargs) if xs or kwargs else None,{},planned,lambda: None,True
         self.recorded,self.out = _on_example(record_flow, model, self.example, _known) if self.example else (None, None)
         self.traced = trace_flow(model) # now: what hooks keep of a run is the same when the code is traced again
         without = {}
@@ -208,7 +208,9 @@ class _Fold:
             read_scales(flow)
             read_parameters(flow, without)
 
-    def plan(self): return self.planned(self.recorded or self.traced, self.traced if self.recorded else None, self.keep)
+    def plan(self):
+        plan = self.planned(self.recorded or self.traced, self.traced if self.recorded else None, self.keep)
+        return plan if self.heirs else Plan(tuple(altered(r, heir='') for r in plan))
 
     def weights(self):
         "A plan, and all the new weights that it needs"
@@ -230,6 +232,9 @@ class _Fold:
         plan,new = self.weights()
         try: return self.checked(plan, new, inplace)
         except FoldError:
+            if plan.heirs: # what is asked for the activation of a BatchNorm finds it where it was
+                self.heirs = False
+                return self.run(inplace)
             again = next(filter(None, ({r.name: why for r in plan if applies(r)} for why,applies in _whys.items())), None)
             if not again: raise
         self.keep |= again
