@@ -65,8 +65,10 @@ def ratios(times):
 
 
 def on_cpu(models, x, seconds, clock, compiled=False):
-    "Ratios in eager mode, or compiled"
-    models = {n: torch.compile(m) for n, m in models.items()} if compiled else models
+    "Ratios in eager mode, or compiled: each line anew, for this shape (after a few shapes and dtypes of one `forward`, PyTorch stops compiling it)"
+    if compiled:
+        torch.compiler.reset()
+        models = {n: torch.compile(m, dynamic=False) for n, m in models.items()}
     timers = {n: Timer('model(x)', globals=dict(model=m, x=x), num_threads=torch.get_num_threads(), timer=clock) for n, m in models.items()}
     with torch.no_grad(): return ratios(interleaved(timers, seconds, lambda t: t.timeit(1).median))
 
