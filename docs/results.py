@@ -211,7 +211,7 @@ def beyond(found):
     yield dots({s: t for s in switches if s != 'plain' and (t := {n: r[s]['time'] for n,r in nets.items() if 'time' in r[s]})}, 'time / time of the plain fold, median and quartiles')
 
 
-drawn = dict(beyond=beyond, cost=cost, latency=latency, numerics=numerics, peers=peers)
+drawn = {'beyond': beyond, 'cost': cost, 'latency': latency, 'latency-compiled': latency, 'numerics': numerics, 'peers': peers}
 
 
 def others():

@@ -1,9 +1,10 @@
 "What others get wrong: each case that must not fold, beside its twin that must."
-import builtins, functools, operator, types
+import builtins, contextlib, functools, operator, sys, types
 from dataclasses import dataclass
 
-import pytest, torch
+import einops, pytest, torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 from torch.nn.utils import prune
 
@@ -644,3 +645,44 @@ def test_a_batchnorm_inside_of_another():
         bn = BN_Folder()
         want = run(model, (x,), {})
         assert difference(want, run(bn.fold(model, x, inplace=inplace), (x,), {})).relative < 1e-12 and bn.report.folded == 2
+
+
+def none_where_it_fails(m, x):
+    try: return m(x)
+    except ValueError: return x
+def none_where_anything_fails(m, x):
+    try: return m(x)
+    except: return x
+def suppressing(m, x):
+    with contextlib.suppress(ValueError): return m(x)
+    return x
+def cleaning_up(m, x):
+    try: return m(x)
+    finally: x = None
+
+
+@pytest.mark.parametrize('example', [True, False])
+@pytest.mark.parametrize('helper, folds', [(none_where_it_fails, False), (none_where_anything_fails, False), (suppressing, False), (cleaning_up, sys.version_info >= (3, 11))])
+def test_helpers_that_catch_what_a_batchnorm_raises(helper, folds, example):
+    "as of an image without a batch, which a convolution takes and a `BatchNorm2d` does not"
+    model = net(lambda m, x: helper(m.bn, m.conv(x)), conv=conv(), bn=bn())
+    assert fold(model, x, inputs=[(x[0],)] if not folds else [], example=example)[1]['bn'].folded == folds
+
+
+def in_tokens(x): return rearrange(x, 'b c h w -> b (h w) c')
+patterned = dict(
+    by_name=lambda m, x: m.lin(rearrange(m.bn(m.conv(x)), 'b c h w -> b (h w) c')),
+    by_the_package=lambda m, x: m.lin(einops.rearrange(m.bn(m.conv(x)), pattern='b c h w -> b (h w) c')),
+    by_a_helper=lambda m, x: m.lin(in_tokens(m.bn(m.conv(x)))),
+    with_sizes=lambda m, x: einops.einsum(y := m.bn(m.conv(x)), einops.repeat(einops.reduce(y, 'b c h w -> c', 'mean'), 'c -> b c', b=x.shape[0]), 'b c h w, b c -> b h w'),
+    of_several=lambda m, x: rearrange([m.bn(m.conv(x)), x], 'n b c h w -> b (n c) h w'),
+    loop_over_what_comes_of_it=lambda m, x: m.lin(y := rearrange(m.bn(m.conv(x)), 'b c h w -> b (h w) c')).reshape([*y.shape, 1]),
+    before_it=lambda m, x: m.bn(rearrange(m.conv(x), 'b (g c) h w -> b (c g) h w', g=2)))
+
+
+@pytest.mark.parametrize('example', [True, False])
+@pytest.mark.parametrize('name', patterned)
+def test_einops(name, example):
+    model = net(patterned[name], conv=conv(), bn=bn(), lin=lin())
+    assert fold(model, x, inputs=[(x[:2, :, :4],)], example=example)[1]['bn'].folded == (example or name != 'before_it')
+    assert einops.rearrange is rearrange is einops.einops.rearrange

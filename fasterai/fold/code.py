@@ -6,7 +6,7 @@
 __all__ = ['KINDS_ASKED', 'question', 'may_choose', 'may_reach', 'is_message']
 
 # %% ../../nbs/02_fold.code.ipynb #f88cad2c
-import builtins,dis,functools,inspect,operator,sys
+import builtins,contextlib,dis,functools,inspect,operator,sys
 from collections.abc import Callable
 from types import CodeType, FunctionType, ModuleType
 
@@ -47,12 +47,16 @@ def _is_setting(code, held):
     called = next((i for i in reversed(code) if i.opname == 'LOAD_GLOBAL'), None)
     return code[-1].opname.startswith('CALL') and called is not None and held.get(called.argval) is getattr
 
-def _asks(f, held, catches=True, containers=False):
+def _catches(code):
+    "Is there an `except` in `code`? (Before Python 3.11 a `finally` looks like one)"
+    return any(i.opname.startswith('CHECK_E') or i.opname == 'SETUP_FINALLY' or (i.opname, after.opname) == ('PUSH_EXC_INFO', 'POP_TOP') for i,after in zip(code, code[1:]))
+
+def _asks(f, held, containers=False):
     "What the code of a function asks; `type` may be asked for `containers`"
     for c in _codes(f.__code__):
         code,answered = [*dis.get_instructions(c)], set()
+        if contextlib.suppress in held.values() or _catches(code): return 'it catches exceptions'
         for at,i in enumerate(code):
-            if catches and i.opname in ('CHECK_EXC_MATCH', 'JUMP_IF_NOT_EXC_MATCH'): return 'it catches exceptions'
             if i.opname in ('MATCH_CLASS', 'MATCH_SEQUENCE', 'MATCH_MAPPING'): return 'it matches classes'
             if i.opname.startswith('LOAD_ATTR') and i.argval == '__class__' and code[at-1].argval != 'self': return f'it asks `{i.argval}`'
             if i.opname == 'IS_OP' and not (i.offset in answered or code[at-1].opname == 'LOAD_CONST' and (code[at-1].argval is None or _is_setting(code[:at-1], held))): return 'it compares with `is`'
@@ -80,12 +84,12 @@ def question(
 
 @functools.lru_cache(None)
 def _asked_by_helpers(f, depth=3):
-    "What the functions that `f` calls by name ask. (One that catches exceptions may do so for an older PyTorch, with nothing that a stand-in stands for)"
+    "What the functions that `f` calls by name ask"
     for helper in _held_by(f).values() if depth else ():
         g = inspect.unwrap(helper) if callable(helper) else None
-        if not isinstance(g, FunctionType) or (g.__module__ or '').split('.')[0] in ('torch', 'fasterai'): continue
+        if not isinstance(g, FunctionType) or (g.__module__ or '').split('.')[0] in ('torch', 'einops', 'fasterai'): continue
         if hasattr(helper, 'registry'): return 'it asks `type`' # by `functools.singledispatch`
-        if why := _asks(g, _held_by(g), catches=False) or _asked_by_helpers(g, depth-1): return why
+        if why := _asks(g, _held_by(g)) or _asked_by_helpers(g, depth-1): return why
     return ''
 
 # %% ../../nbs/02_fold.code.ipynb #7459335a

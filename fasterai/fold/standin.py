@@ -6,7 +6,7 @@
 __all__ = ['INPLACE', 'METADATA', 'Opaque', 'Impossible', 'phi', 'variants', 'trace_ways']
 
 # %% ../../nbs/03_fold.standin.ipynb #7fc015d3
-import builtins,dis,gc,inspect,math,operator,sys,threading,weakref
+import builtins,dis,functools,gc,inspect,math,operator,sys,threading,weakref
 from contextlib import ExitStack, contextmanager
 from dataclasses import is_dataclass
 from enum import Enum
@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from .code import KINDS_ASKED, is_message, question
 from .flow import ATOMS, naming, same_random_state, untouched, values_in, young_garbage
-from .known import chunks_of, gives_several, known_layer, plain_batchnorm, rank_of, settings_of, sizes_of, type_of
+from .known import chunks_of, einops_in, gives_several, known_layer, plain_batchnorm, rank_of, settings_of, sizes_of, type_of
 
 # %% ../../nbs/03_fold.standin.ipynb #99f3860c
 class Opaque(BaseException): # not an Exception: no `try` in a `forward` may swallow it
@@ -50,7 +50,8 @@ class _Number(fx.Proxy):
         return tracer.create_proxy('call_function', func, args, kwargs)
 
     def _no(self, *args): raise Opaque(self.tracer.here(), 'it needs a number that depends on its input')
-    __int__ = __float__ = __index__ = __len__ = __contains__ = __hash__ = __deepcopy__ = __reduce_ex__ = _no
+    __int__ = __float__ = __index__ = __contains__ = __hash__ = __deepcopy__ = __reduce_ex__ = _no
+    def __len__(self): return sizes_of(self.node) or self._no()
 
     def __str__(self): return self._text(sys._getframe(1))
     __repr__ = __str__
@@ -113,6 +114,15 @@ def _type(o, *more):
         if not o.node.number and rank_of(o.node) is None: raise Opaque(o.tracer.here(), 'it asks `type`', choice=False)
     return type(o, *more)
 _len.stands_for,_type.stands_for = len,type
+
+@functools.lru_cache(None)
+def _one_operation(f):
+    "A function of einops, which writes down a call with a stand-in as one operation"
+    def operation(*args, **kwargs):
+        given = values_in([args, kwargs], fx.Proxy)
+        return given[0].tracer.create_proxy('call_function', operation, args, kwargs) if given else f(*args, **kwargs)
+    operation.__name__,operation.stands_for = f'einops.{f.__name__}',f
+    return operation
 
 def _is_plain(o): return type(o) in ATOMS or o is Ellipsis or isinstance(o, (Number, str, range, Enum))
 
@@ -199,10 +209,13 @@ class _Tracer(fx.proxy.TracerBase):
     def patch(self, forward):
         "Functions for which Python lets nothing stand in, in the module of a `forward`: `type` only where it asks for that"
         space = forward.__globals__
-        for name,f in (('len', _len), ('type', _type)):
-            if name not in space and (f is _len or name in forward.__code__.co_names):
-                self.patched.append((space, name))
-                space[name] = f
+        self.put(space, {n: f for n,f in (('len', _len), ('type', _type)) if n not in space and (f is _len or n in forward.__code__.co_names)})
+
+    def put(self, space, functions={}):
+        "Put `functions` into a namespace, and what stands for einops' own, for as long as the trace lasts"
+        for name,f in (functions | {n: _one_operation(f) for n,f in einops_in(space).items()}).items():
+            self.patched.append((space, name, space.get(name)))
+            space[name] = f
 
     def merge(self, m, outs):
         "One value for what several ways gave"
@@ -306,10 +319,13 @@ class _Tracer(fx.proxy.TracerBase):
             value = get(m, name)
             return self.stand_in(value) if issubclass(type(value), Tensor) and mine() else value
         nn.Module.__call__,nn.Module.__getattr__,builtins.isinstance = __call__,__getattr__,_isinstance
+        if 'einops' in sys.modules: self.put(vars(sys.modules['einops']))
         try: yield
         finally:
             nn.Module.__call__,nn.Module.__getattr__,builtins.isinstance = call,get,is_
-            for space,name in self.patched: del space[name]
+            for space,name,was in self.patched:
+                if was is None: del space[name]
+                else: space[name] = was
 
 # %% ../../nbs/03_fold.standin.ipynb #bc4c3a19
 class _Reads(TorchFunctionMode):
