@@ -28,6 +28,7 @@ convs, batchnorms = (nn.Conv1d, nn.Conv2d, nn.Conv3d), (nn.BatchNorm1d, nn.Batch
 
 def ours(model, args): return BN_Folder().fold(model, *args)
 def ours_without(model, args): return BN_Folder().fold(model)
+def ours_merged(model, args): return BN_Folder(reparameterize=True).fold(model, *args)
 
 
 def fx(model, args):
@@ -73,7 +74,7 @@ def timm_reparameterize(model, args):
     return reparameterize_model(model)
 
 
-in_eager = {'ours, with an example': ours, 'ours, without': ours_without, 'torch.fx fuse': fx, 'siblings, fuse_conv_bn_eval': siblings, 'torch.ao fuse_modules': ao, 'timm reparameterize_model': timm_reparameterize}
+in_eager = {'ours, with an example': ours, 'ours, without': ours_without, 'ours, reparameterize=True': ours_merged, 'torch.fx fuse': fx, 'siblings, fuse_conv_bn_eval': siblings, 'torch.ao fuse_modules': ao, 'timm reparameterize_model': timm_reparameterize}
 old, onnx = 'fasterai 0.4.1', 'torch.onnx + onnxruntime'
 
 
@@ -96,7 +97,7 @@ def eager(peer, model, args, want, places):
     "What a peer makes of a network in float64, or in float32 where it knows only that"
     try: return judged(want, observe(peer(model, args), args, places))
     except Exception:
-        if peer in (ours, ours_without): raise
+        if peer in (ours, ours_without, ours_merged): raise
         model, args = copy.deepcopy(model).float(), cast(args, torch.float32)
         return dict(judged(observe(model, args, places), observe(peer(model, args), args, places), limit=1e-4), dtype='float32')
 

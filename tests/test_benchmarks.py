@@ -57,7 +57,7 @@ def test_peers():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(peers, 'in_eager', wrong)
         r = peers.measure(*tiny, wrong, None)
-    assert {k: peers.cell(v) for k, v in r.items()} == {'ours, with an example': '15/15', 'ours, without': '15/15', 'torch.fx fuse': '15/15', 'siblings, fuse_conv_bn_eval': '14/15', 'torch.ao fuse_modules': '14/15',
+    assert {k: peers.cell(v) for k, v in r.items()} == {'ours, with an example': '15/15', 'ours, without': '15/15', 'ours, reparameterize=True': '15/15', 'torch.fx fuse': '15/15', 'siblings, fuse_conv_bn_eval': '14/15', 'torch.ao fuse_modules': '14/15',
                                                         'timm reparameterize_model': '0/15', 'wrong': '15/15 WRONG', 'fails': 'crashed'}
     assert 'removed and right' in peers.table({'a': r}, list(r))
 
