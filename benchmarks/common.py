@@ -9,8 +9,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fasterai.fold.verify import difference, first_difference, run
-
 warnings.filterwarnings('ignore')
 here = Path(__file__).parent
 results = here/'results'
@@ -109,6 +107,7 @@ limit = 1e-9 # relative, float64: rounding is 1e-13, a wrong fold 1e-2 and more
 
 def error_of(model, new, args, places):
     "How far the outputs of a folded network are off. A detector may sort equal scores another way: it is not, if all is alike at `places`, where a fold must leave it so, and both have them all"
+    from fasterai.fold.verify import difference, first_difference, run # here, for old_fasterai.py reads this file, too, beside another fasterai
     error = difference(run(model, args, {}), run(new, args, {})).relative
     both = {n for n, _ in model.named_modules()} & {n for n, _ in new.named_modules()}
     return error if error < limit or not both.issuperset(places) or first_difference(model, new, args, {}, places, limit) else 0.

@@ -22,6 +22,7 @@ def fold(source, name, places, out):
 def main():
     answers = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1) # whatever a network prints while it is built
+    print('ready', file=answers, flush=True)
     for line in sys.stdin: print(json.dumps(fold(*json.loads(line))), file=answers, flush=True)
 
 

@@ -140,9 +140,15 @@ def fasterai_041(env=here/'.peers'):
         import timm, torchvision
         (Path(theirs)/'others.pth').write_text('\n'.join(sorted({str(Path(m.__file__).parent.parent) for m in (torch, timm, torchvision)})))
         ready.touch()
-    child = subprocess.Popen([python, here/'old_fasterai.py'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={k: v for k, v in os.environ.items() if k != 'PYTHONPATH'})
+    def started():
+        child = subprocess.Popen([python, here/'old_fasterai.py'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={k: v for k, v in os.environ.items() if k != 'PYTHONPATH'})
+        if not child.stdout.readline(): raise SystemExit('old_fasterai.py does not start') # which says nothing of what it would have made of a network
+        return child
     with tempfile.TemporaryDirectory() as d:
+        child = started()
         def ask(source, name, want, places):
+            nonlocal child
+            if child.poll() is not None: child = started()
             print(json.dumps([source, name, places, f'{d}/out']), file=child.stdin, flush=True)
             answer = child.stdout.readline()
             if not answer: return dict(crashed='the process ended')

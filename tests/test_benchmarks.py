@@ -1,5 +1,5 @@
 "The core of each benchmark on one tiny network, so that the scripts stay alive. Numbers that depend on the machine are not judged."
-import sys
+import os, subprocess, sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -72,6 +72,9 @@ def test_peer_onnxruntime():
 
 def test_the_other_fasterai_is_told_from_this_one(tmp_path):
     assert 'was imported instead' in old_fasterai.fold(*tiny, [], str(tmp_path/'out'))['absent']
+    (tmp_path/'fasterai.py').write_text("__version__ = 'another'")
+    done = subprocess.run([sys.executable, old_fasterai.__file__], env={**os.environ, 'PYTHONPATH': str(tmp_path)}, input='', capture_output=True, text=True)
+    assert done.stdout == 'ready\n', done.stderr # it starts beside another package of this name
 
 
 def test_latency():
