@@ -203,7 +203,7 @@ params_kept = dict(
     something_else_instead=(lambda: Block(lambda m, x: m.c(x).relu() if m.g is None else m.c(x)*per_channel(m.g), c=conv(), g=numbers(4)), 'is not seen to leave it out'),
     another_value_instead=(lambda: Block(lambda m, x: (lambda a, b: (b, a)[0] if m.g is None else a*per_channel(m.g))(m.c(x), m.d(x)), c=conv(), d=conv(), g=numbers(4)), 'is not seen to leave it out'),
     two_of_which_it_asks_for_one=(lambda: Block(two, c=conv(), g=numbers(4), h=numbers(4)), 'is not seen to leave it out'),
-    cannot_be_followed=(lambda: Block(lambda m, x: branch(m, x) if int(x.shape[0]) else x, c=conv(), g=numbers(4)), 'is not seen to leave it out'),
+    cannot_be_followed=(lambda: Block(lambda m, x: branch(m, x) if range(x.shape[0]) else x, c=conv(), g=numbers(4)), 'is not seen to leave it out'),
     asked_by_its_parent=(lambda: net(lambda m, x: m.b(x)*(2 if m.b.g is None else 3), b=Block(branch, c=conv(), g=numbers(4))), "the model's code asks for what it would lose"),
     also_read=(lambda: Block(lambda m, x: (lambda y: y if m.g is None else y*m.g.sum())(branch(m, x)), c=conv(), g=numbers(4)), '`g` is also read by'),
     input_read_twice=(lambda: Block(lambda m, x: (y := m.c(x)) + (y if m.g is None else y*per_channel(m.g)), c=conv(), g=numbers(4)), 'is also read by'),

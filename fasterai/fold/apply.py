@@ -231,7 +231,7 @@ def copied(
     for m,plainly in seen.items():
         if plainly: memo[id(m)] = object.__new__(type(m)) # all of them before their attributes: one may hold another
     for m,plainly in seen.items():
-        if plainly: vars(memo[id(m)]).update((name, _copy(v, memo)) for name,v in vars(m).items())
+        if plainly: vars(memo[id(m)]).update((name, _copy(v, memo)) for name,v in vars(m).items() if name != '_compiled_call_impl') # `m.compile()` made it, and it runs the original
     return copy.deepcopy(model, memo)
 
 def apart(

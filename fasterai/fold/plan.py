@@ -225,16 +225,17 @@ def in_all_ways(
     entered = {e.name for e in flow.entries}
     callers = lambda f, weight: {c.stack[-2:] for c in f.params[weight].readers if c.stack[-2:][0] in entered}
     runs = lambda f, name: {e.stack[-2:] for e in f.entries if e.name == name}
+    more = lambda traced, run: {s for s in traced - run if len(s) > 1 or s[0] not in {r[-1] for r in run}} # one that was traced by itself says nothing of its caller
     undecided = flow.branches | symbolic.undecided | (flow.askers & symbolic.failed.keys())
     unfollowed = symbolic.unknown.keys() | {''}
     odd = {c.module for c in symbolic.calls if c.op == 'batch_norm' and c.args[5] is not False}
     def of(name):
         def check(row, ways):
             if name in odd: raise Stop('it does not always use its running statistics')
-            called = {a.layer: callers(symbolic, a.weight) - callers(flow, a.weight) for a in row.absorbs}
-            for n in filter(None, (row.through, row.joins and row.name)): called[n] = runs(symbolic, n) - runs(flow, n)
-            for layer,more in called.items():
-                if more: raise Stop(f'{naming(layer)} is also called by {naming(min(more)[0])}, in another way than this run took')
+            called = {a.layer: more(callers(symbolic, a.weight), callers(flow, a.weight)) for a in row.absorbs}
+            for n in filter(None, (row.through, row.joins and row.name)): called[n] = more(runs(symbolic, n), runs(flow, n))
+            for layer,others in called.items():
+                if others: raise Stop(f'{naming(layer)} is also called by {naming(min(others)[0])}, in another way than this run took')
             if name in rows and rows[name].folded and parts(rows[name]) == parts(row): return altered(row, alone=rows[name].alone)
             unseen = row.module not in unfollowed and not runs(symbolic, row.module) # the code was followed, and did not go where the run went
             for way in ways:

@@ -54,7 +54,8 @@ class _Memory:
 
 # %% ../../nbs/04_fold.record.ipynb #9949f24d
 _decisions = {'item', '_local_scalar_dense', 'is_nonzero', 'equal', 'allclose', 'nonzero', 'nonzero_numpy', 'masked_select', 'unique', '_unique2', 'unique_dim', 'unique_consecutive'}
-_leaks = {'numpy', 'tolist', '__array__', 'data_ptr', '__dlpack__', 'storage', 'untyped_storage', 'share_memory_', '__repr__', '__str__', '__format__', '__reduce_ex__', '__deepcopy__', '__cuda_array_interface__'}
+_makers = {'tensor', 'as_tensor', 'asarray', 'new_tensor', 'new', 'sparse_coo_tensor', 'sparse_csr_tensor', 'sparse_csc_tensor', 'sparse_compressed_tensor'}
+_leaks = {'numpy', 'tolist', '__array__', '__index__', '__int__', '__float__', '__complex__', 'data_ptr', '__dlpack__', 'storage', 'untyped_storage', 'share_memory_', '__repr__', '__str__', '__format__', '__reduce_ex__', '__deepcopy__', '__cuda_array_interface__'}
 
 _as_given = SAME | {'alias', 'flatten'} # give what they are given, whatever its size
 
@@ -149,6 +150,11 @@ class _Leaks(TorchFunctionMode):
         if getattr(func, '__name__', '') in _leaks and args and isinstance(args[0], Tensor):
             with torch._C.DisableTorchFunction(): self.recorder.value(args[0]).outside = f'`{func.__name__}`'
             self.recorder.flow.branches.update(self.recorder.stack)
+        elif getattr(func, '__name__', '') in _makers: # PyTorch takes the numbers out of tensors in a list, and dispatches nothing
+            leaked = values_in([o for o in (*args, *(kwargs or {}).values()) if not isinstance(o, Tensor)], Tensor)
+            with torch._C.DisableTorchFunction():
+                for t in leaked: self.recorder.value(t).outside = f'`{func.__name__}`'
+            if leaked: self.recorder.flow.branches.update(self.recorder.stack)
         elif _name(func) in _asks:
             with torch._C.DisableTorchFunction(): self.recorder.value(args[0]).asked = True
             self.recorder.flow.askers.update(self.recorder.stack[-1:])

@@ -19,9 +19,9 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from .carry import ORDERS, Stop, order
 from .code import may_choose
 from .flow import SHAPED_LIKE, Entry, Flow, Value, held_in, mapped, naming, read_written_out, tensors_of, uncollected, under, values_in
+from .known import METADATA, known_layer, plain_batchnorm
 from .layers import LAYERS, layer_call, out_channels
-from .known import known_layer, plain_batchnorm
-from .standin import INPLACE, METADATA, Impossible, Opaque, trace_ways, variants
+from .standin import INPLACE, Impossible, Opaque, trace_ways, variants
 
 # %% ../../nbs/04_fold.trace.ipynb #56663ae2
 _keep_shape = {'relu', 'relu6', 'leaky_relu', 'prelu', 'elu', 'selu', 'celu', 'gelu', 'silu', 'mish', 'sigmoid', 'tanh', 'hardtanh',
@@ -158,7 +158,7 @@ class _Graph:
         given = values_in((args, kwargs))
         if op in METADATA or not given:
             for v in given: v.asked = True
-            return node
+            return node if node.number or op in METADATA else Value()
         if op == 'getitem' and isinstance(args[0], (tuple, list)): return args[0][args[1]]
         if op in ('batch_norm', 'instance_norm'): args,kwargs = _with_statistics(node.target, args, kwargs), {}
         parts = [u.args[1] for u in node.users if u.op == 'call_function' and u.target is operator.getitem and isinstance(u.args[1], int)]
@@ -199,7 +199,7 @@ def trace_flow(
     names = {m: n for n,m in model.named_modules()}
     with _lock:
         for name,m in model.named_modules():
-            if m in seen and type(m) not in opaque or name in flow.unknown: continue
+            if m in seen and type(m) not in opaque: continue
             if type(m).forward is nn.Module.forward or name and (known_layer(m) or plain_batchnorm(m)): continue
             if type(m).forward is nn.Sequential.forward and name and seen.issuperset(m): continue # nobody calls it, but for what it holds
             seen.add(m)
