@@ -232,7 +232,10 @@ def copied(
         if plainly: memo[id(m)] = object.__new__(type(m)) # all of them before their attributes: one may hold another
     for m,plainly in seen.items():
         if plainly: vars(memo[id(m)]).update((name, _copy(v, memo)) for name,v in vars(m).items() if name != '_compiled_call_impl') # `m.compile()` made it, and it runs the original
-    return copy.deepcopy(model, memo)
+    new = copy.deepcopy(model, memo)
+    for m in seen:
+        if id(m) in memo: memo[id(m)].training = m.training # a `__setstate__` of its own may make it anew
+    return new
 
 def apart(
     model:nn.Module,

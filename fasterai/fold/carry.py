@@ -89,7 +89,7 @@ def _avg_pool(call, label):
     return _spatial(call, label)
 
 def _pad(call, label):
-    if _arg(call, 2, 'mode', 'constant') == 'constant': raise Stop('`pad` adds constants')
+    if _arg(call, 2, 'mode', 'constant') not in ('reflect', 'replicate', 'circular'): raise Stop('`pad` adds constants') # or may do: an argument says how
     return _constant(label, range(label.dim()-len(_arg(call, 1, 'pad'))//2, label.dim()), call.op)
 
 _unary('adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d '

@@ -135,29 +135,61 @@ _making = {'__init__', '__setstate__'}
 def _calls_method(i): return i.opname == 'LOAD_METHOD' or i.opname == 'LOAD_ATTR' and sys.version_info >= (3, 12) and i.arg & 1
 def _instructions(f): return [[*dis.get_instructions(c)] for c in _codes(f.__code__)]
 
+@functools.lru_cache(None)
+def _names_in(f): return {i.argval for code in _instructions(f) for i in code if isinstance(i.argval, str)}
+
+def _constant_name(code, at):
+    "The name that the `getattr` at `code[at]` asks for, if it is a constant"
+    call = next((n for n,i in enumerate(code[at:], at) if i.opname.startswith('CALL')), at)
+    return next((i.argval for i in code[at+1:call] if i.opname == 'LOAD_CONST' and isinstance(i.argval, str)), None)
+
 def _own_functions(m):
-    "Each of `m`'s own methods that may run now, those of its bases up to PyTorch's own, and each function that it holds but for PyTorch's"
-    own = [(name, f) for c in type(m).__mro__ if not c.__module__.startswith('torch.nn.') for name,o in vars(c).items() for f in _functions(o)]
-    later,making = [o for o in own if o[0] not in _making], [i for name,f in own if name in _making for code in _instructions(f) for i in code]
-    helpers = {i.argval for i in making if _calls_method(i)} - {i.argval for i in making if not _calls_method(i)} # called there, and no more
-    names = {f: {i.argval for code in _instructions(f) for i in code if isinstance(i.argval, str)} for _,f in later}
-    while done := {n for n in helpers if not any(n in names[f] for name,f in later if name != n)} & {n for n,_ in later}:
-        later = [(n, f) for n,f in later if n not in done]
-    return [*(f for _,f in later), *(inspect.unwrap(f) for f in vars(m).values() if isinstance(f, FunctionType) and not (f.__module__ or '').startswith('torch.'))]
+    "Each of `m`'s own methods that its `forward` may come to, those of its bases up to PyTorch's own, and each function that it holds but for PyTorch's"
+    own = [(name, f) for c in type(m).__mro__ if not c.__module__.startswith('torch.nn.') for name,o in vars(c).items() if name not in _making for f in _functions(o)]
+    held = [inspect.unwrap(f) for f in vars(m).values() if isinstance(f, FunctionType) and not (f.__module__ or '').startswith('torch.')]
+    left,reached = own, held
+    while now := [(n, f) for n,f in left if n == 'forward' or n.startswith('__') or any(n in _names_in(g) for g in reached)]:
+        left = [o for o in left if o not in now]
+        reached = [*reached, *(f for _,f in now)]
+        if any(i.argval == 'getattr' and not _constant_name(code, at) for _,f in now for code in _instructions(f) for at,i in enumerate(code) if i.opname.startswith('LOAD_GLOBAL')): return [*held, *(f for _,f in own)]
+    return reached
+
+def _chooses(code, at):
+    "Does the instruction choose? A jump does, a loop that may run more or less often, what is taken out by something other than a constant, arguments of any number"
+    o = code[at].opname
+    if o == 'BINARY_SUBSCR' or o == 'BINARY_OP' and code[at].argrepr == '[]': return not code[at-1].opname.startswith(('LOAD_CONST', 'BUILD_', 'LOAD_SMALL_INT'))
+    return o.startswith(('POP_JUMP', 'JUMP_IF', 'FOR_ITER', 'CALL_FUNCTION_EX'))
 
 def may_choose(
     m:nn.Module,
 )->bool:
-    "Is there an `if` in the code of `m`, or anything else that chooses?"
-    return any(i.opname.startswith(('POP_JUMP', 'JUMP_IF')) for f in _own_functions(m) for code in _instructions(f) for i in code)
+    "Is there an `if` in the code of `m`, or in a function of its author's that it calls, or anything else that chooses?"
+    own = _own_functions(m)
+    helpers = {g for f in own for g in _held_by(f).values() if isinstance(g, FunctionType) and (g.__module__ or '').split('.')[0] not in ('torch', 'einops', 'fasterai')}
+    return any(_chooses(code, at) for f in (*own, *helpers) for code in _instructions(f) for at in range(len(code)))
 
-_walks = {'modules', 'children', 'named_modules', 'named_children', 'get_submodule', '_modules', 'getattr', 'apply', '__getattr__', '__getattribute__', '__dict__', 'vars', 'state_dict'}
+_walks = {'modules', 'children', 'named_modules', 'named_children', 'get_submodule', '_modules', 'apply', '__getattr__', '__getattribute__', '__dict__', 'vars', 'state_dict'}
 def _is_self(i, f): return i.opname.startswith(('LOAD_FAST', 'LOAD_DEREF')) and i.argval in f.__code__.co_varnames[:1]
+def _walks_on(code, at): return code[at].opname.startswith('LOAD_') and (code[at].argval in _walks or code[at].argval == 'getattr' and not _constant_name(code, at))
+
+def _is_static(m, f): return any(isinstance(o, staticmethod) and f in _functions(o) for c in type(m).__mro__ for o in [vars(c).get(f.__name__)])
 
 def _hands_itself_over(f):
     "Does the method `f` give its module to a function of the model's author?"
     authors = any(isinstance(g, FunctionType) and (g.__module__ or '').split('.')[0] not in ('torch', 'fasterai') for g in _held_by(f).values())
     return authors and any(_is_self(i, f) and not after.opname.startswith(('LOAD_ATTR', 'LOAD_METHOD', 'LOAD_SUPER', 'STORE_ATTR', 'GET_ITER')) for code in _instructions(f) for i,after in zip(code, code[1:]))
+
+def _goes_in(code, at):
+    "Is something taken out of what is no attribute: of a local variable, of what was taken out itself?"
+    o,by = code[at].opname, code[at-1].opname
+    if o in ('GET_ITER', 'UNPACK_SEQUENCE', 'UNPACK_EX'): return by.startswith(('LOAD_FAST', 'BINARY_SUBSCR'))
+    return (o == 'BINARY_SUBSCR' or o == 'BINARY_OP' and code[at].argrepr == '[]') and not (by.startswith('LOAD_') and code[at-2].opname.startswith('LOAD_ATTR'))
+
+def _is_plain_fact(child, name):
+    "Is the attribute `name` of a module a number or a name, or computed of such?"
+    o = inspect.getattr_static(child, name, child)
+    if isinstance(o, property): return o.fget is not None and all(_names_in(f).isdisjoint({*child._modules, *_walks, 'getattr'}) for f in _functions(o))
+    return type(o) in (int, float, str, bool, type(None))
 
 def may_reach(
     m:nn.Module, # Its code can't be followed
@@ -165,17 +197,21 @@ def may_reach(
     "How far the code of `m` goes into its children. Where that can't be seen, all the way"
     functions = _own_functions(m)
     codes = [(f, code) for f in functions for code in _instructions(f)]
-    if 'forward' in vars(m) or any(map(_hands_itself_over, functions)) or any(i.argval in _walks and i.opname.startswith('LOAD_') for _,code in codes for i in code): return lambda path: '.' in path
+    if 'forward' in vars(m) or any(_hands_itself_over(f) for f in functions if not _is_static(m, f)) or any(_walks_on(code, at) for _,code in codes for at in range(len(code))): return lambda path: '.' in path
     asks_none = lambda i: i.opname == 'LOAD_CONST' and i.argval is None or 'POP_JUMP' in i.opname
-    read = {i.argval for _,code in codes for i,after in zip(code, code[1:]) if i.opname.startswith('LOAD_ATTR') and not _calls_method(i) and not asks_none(after)}
-    of_others = {i.argval for f,code in codes for before,i in zip(code, code[1:]) if i.opname.startswith(('LOAD_ATTR', 'LOAD_METHOD')) and not _is_self(before, f)}
+    asks_fact = lambda i,after: after.opname.startswith('LOAD_ATTR') and i.argval in m._modules and _is_plain_fact(m._modules[i.argval], after.argval)
+    read = {i.argval for _,code in codes for i,after in zip(code, code[1:]) if i.opname.startswith('LOAD_ATTR') and not _calls_method(i) and not asks_none(after) and not asks_fact(i, after)}
+    read |= {_constant_name(code, at) for _,code in codes for at,i in enumerate(code) if i.opname.startswith('LOAD_') and i.argval == 'getattr'}
+    of_others = {i.argval for f,code in codes for before,i in zip(code, code[1:]) if i.opname.startswith(('LOAD_ATTR', 'LOAD_METHOD')) and not _is_self(before, f)} | {n for n in read if n}
+    goes_in = any(_goes_in(code, at) for _,code in codes for at in range(1, len(code)))
     def reaches(path):
         name,_,inside = path.partition('.')
         child,listed = m._modules[name], False
         while inside and isinstance(child, (nn.ModuleList, nn.ModuleDict)): # to take one out of a list is not to look into it
             at,_,inside = inside.partition('.')
             child,listed = child._modules[at], True
-        return bool(inside) and (inside.partition('.')[0] in of_others if listed else name in read)
+        into = listed and (goes_in and isinstance(child, nn.Sequential) or any(isinstance(getattr(type(child), n, None), (FunctionType, property)) and not hasattr(nn.Module, n) for n in of_others))
+        return bool(inside) and (into or inside.partition('.')[0] in of_others if listed else name in read)
     return reaches
 
 # %% ../../nbs/02_fold.code.ipynb #9c75a280

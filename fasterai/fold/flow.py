@@ -8,11 +8,11 @@ __all__ = ['ATOMS', 'SHAPED_LIKE', 'Value', 'Call', 'values_in', 'mapped', 'nami
            'young_garbage']
 
 # %% ../../nbs/02_fold.flow.ipynb #bf5c9638
-import functools,gc,operator,random,sys,weakref
+import functools,gc,inspect,operator,random,sys,weakref
 from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import CellType, FunctionType, MethodType, SimpleNamespace
+from types import CellType, CodeType, FunctionType, MethodType, SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -221,17 +221,23 @@ def _computed(v, own):
     parts = [_computed(u, own) for u in v.call.inputs]
     return None if None in parts or not parts else [v.call, *(c for p in parts for c in p)]
 
-def _is_batchnorm(m, shape):
-    "Does `m`, its children left out, compute on axis 1 of a tensor with this many axes what a BatchNorm with its statistics would?"
-    bare = altered(m, _modules={n: nn.Identity() for n in m._modules})
-    weight,bias,mean,var = (getattr(m, n) for n in _stats)
-    if mean.is_meta: return False
-    c = len(mean)
-    x = torch.linspace(-1, 1, 2*c*3**(len(shape)-2), dtype=mean.dtype, device=mean.device).view(2, c, *[3]*(len(shape)-2))
+def _constants(code): return [*code.co_consts, *(c for o in code.co_consts if isinstance(o, CodeType) for c in _constants(o))]
+
+def _eps_of(m, shape):
+    "The ε with which `m`, its children left out, computes on axis 1 of a tensor with this many axes what a BatchNorm with its statistics would, in float64; `None` if there is none. It stands in an attribute or in the code"
+    in_float64 = lambda held: {n: t if t is None or not t.is_floating_point() else t.detach().double() for n,t in held.items()}
+    if m.running_mean.is_meta: return None
+    bare = altered(m, _modules={n: nn.Identity() for n in m._modules}, _buffers=in_float64({**m._parameters, **m._buffers}), _parameters={})
+    weight,bias,mean,var = (getattr(bare, n) for n in _stats)
+    x = torch.linspace(-1, 1, 2*len(mean)*3**(len(shape)-2), dtype=mean.dtype, device=mean.device).view(2, len(mean), *[3]*(len(shape)-2))
     with torch.no_grad():
-        want = F.batch_norm(x, mean, var, weight, bias, False, 0., getattr(m, 'eps', 0.))
-        try: return torch.allclose(type(m).forward(bare, x), want, rtol=1e-3, atol=1e-3*want.abs().max().item())
-        except (RuntimeError, TypeError, ValueError): return False # not a module of one such tensor
+        try: given = type(m).forward(bare, x)
+        except (RuntimeError, TypeError, ValueError): return None # not a module of one such tensor
+        f = inspect.unwrap(type(m).forward)
+        for eps in dict.fromkeys(o for o in (getattr(m, 'eps', 0.), *vars(m).values(), *(_constants(f.__code__) if isinstance(f, FunctionType) else ())) if type(o) in (int, float) and 0 <= o < 1):
+            want = F.batch_norm(x, mean, var, weight, bias, False, 0., eps)
+            if isinstance(given, Tensor) and given.shape == want.shape and torch.allclose(given, want, rtol=1e-10, atol=1e-10*want.abs().max().item()): return float(eps)
+    return None
 
 def _written_out(flow, name, entry, own):
     "The calls of one run of a module that multiplies its input and adds to it, or `None`"
@@ -256,8 +262,10 @@ def read_written_out(
         own = [flow.params[flow.names[t]] for t in held]
         found = [_written_out(flow, name, e, own) for e in entries]
         shapes = [e.args[0].shape for e in entries if e.args]
-        if None in found or None in shapes or not all(len(s) > 1 and _is_batchnorm(m, s) for s in shapes): continue
-        for e,calls in zip(entries, found): flow.put([Call('batch_norm', (e.args[0], *own, False, 0., getattr(m, 'eps', 0.)), {}, calls[1].outs, e.stack)], calls)
+        if None in found or None in shapes: continue
+        eps = {_eps_of(m, s) if len(s) > 1 else None for s in shapes}
+        if len(eps) != 1 or None in eps: continue
+        for e,calls in zip(entries, found): flow.put([Call('batch_norm', (e.args[0], *own, False, 0., *eps), {}, calls[1].outs, e.stack)], calls)
 
 # %% ../../nbs/02_fold.flow.ipynb #5244b878
 @functools.lru_cache(None)

@@ -21,7 +21,7 @@ from .code import may_choose
 from .flow import SHAPED_LIKE, Entry, Flow, Value, held_in, mapped, naming, read_written_out, tensors_of, uncollected, under, values_in
 from .known import METADATA, known_layer, plain_batchnorm
 from .layers import LAYERS, layer_call, out_channels
-from .standin import INPLACE, Impossible, Opaque, trace_ways, variants
+from .standin import INPLACE, Impossible, Opaque, _Node, trace_ways, variants
 
 # %% ../../nbs/04_fold.trace.ipynb #56663ae2
 _keep_shape = {'relu', 'relu6', 'leaky_relu', 'prelu', 'elu', 'selu', 'celu', 'gelu', 'silu', 'mish', 'sigmoid', 'tanh', 'hardtanh',
@@ -134,6 +134,13 @@ def _op_name(target, args):
     if name == 'setitem' or name.startswith('__i') and name.strip('_') in INPLACE: return name.strip('_').removeprefix('i'), True
     return (name[:-1], True) if name.endswith('_') and not name.startswith('__') else (name, False)
 
+_by_number = {'pad', 'permute', 'transpose', 'swapaxes', 'movedim', 'chunk', 'split', 'tensor_split', 'unbind', 'narrow', 'select', 'roll', 'flip', 'mean', 'sum', 'cat', 'stack', 'unsqueeze', 'squeeze'} | {f'{kind}_pool{n}d' for kind in ('avg', 'max') for n in (1, 2, 3)}
+
+def _varies(op, args, kwargs):
+    "Does the operation do something else with another argument or size? What a run did shows one of them"
+    given = [args[1][1:2] if isinstance(args[1], tuple) else args[1]] if op == 'getitem' else [*args[1:], *kwargs.values()] if op in _by_number else []
+    return bool(values_in(given, _Node) or values_in(given, Value))
+
 class _Graph:
     "Adds the calls of one graph to a flow"
     def __init__(self, flow, tracer):
@@ -159,7 +166,8 @@ class _Graph:
         if op in METADATA or not given:
             for v in given: v.asked = True
             return node if node.number or op in METADATA else Value()
-        if op == 'getitem' and isinstance(args[0], (tuple, list)): return args[0][args[1]]
+        if op == 'getitem' and isinstance(args[0], (tuple, list)) and type(args[1]) in (int, slice): return args[0][args[1]]
+        if _varies(op, args, kwargs): self.flow.branches.add(stack[-1])
         if op in ('batch_norm', 'instance_norm'): args,kwargs = _with_statistics(node.target, args, kwargs), {}
         parts = [u.args[1] for u in node.users if u.op == 'call_function' and u.target is operator.getitem and isinstance(u.args[1], int)]
         n = max(parts, default=-1)+1 if op in ('chunk', 'split', 'unbind') and len(parts) == len(node.users) else 0
