@@ -9,7 +9,7 @@ __all__ = ['ATOMS', 'SHAPED_LIKE', 'Value', 'Call', 'values_in', 'mapped', 'nami
 
 # %% ../../nbs/02_fold.flow.ipynb #bf5c9638
 import functools,gc,inspect,operator,random,sys,weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict, deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import CellType, CodeType, FunctionType, MethodType, SimpleNamespace
@@ -276,7 +276,7 @@ def _is_record(kind):
 def _content(o):
     "What an object holds, as far as a `forward` would reach for it"
     if isinstance(o, dict): return [*o.values()]
-    if isinstance(o, (list, tuple, set, frozenset)): return o
+    if isinstance(o, (list, tuple, set, frozenset, deque)): return o
     if isinstance(o, MethodType): return [o.__self__, *_content(o.__func__)]
     if isinstance(o, FunctionType): return [*(c.cell_contents for c in o.__closure__ or () if c != CellType()), *(o.__defaults__ or ())]
     if isinstance(o, functools.partial): return [o.func, *o.args, *o.keywords.values()]
@@ -298,12 +298,12 @@ def held_in(
     return found
 
 # %% ../../nbs/02_fold.flow.ipynb #476c36fd
-_containers = {list, dict, set, OrderedDict, SimpleNamespace}
+_containers = {list, dict, set, OrderedDict, SimpleNamespace, deque, defaultdict, Counter}
 _own = vars(nn.Module()).keys() - {'_parameters', '_buffers', '_modules'} # PyTorch's own bookkeeping, which no `forward` writes
 
 def _note(o, before, tensors, bookkeeping=()):
     "Note what `o` holds, and what the containers in it hold; and the tensors among it that are no parameters"
-    items = o if isinstance(o, (dict, list, set)) else vars(o)
+    items = o if isinstance(o, (dict, list, set, deque)) else vars(o)
     before.append((items, items.copy()))
     for name,v in items.items() if isinstance(items, dict) else enumerate(items):
         kind = type(v)
@@ -316,6 +316,13 @@ def _changed(o, old):
     if isinstance(o, dict): return len(o) != len(old) or not all(map(operator.is_, o.values(), old.values())) or [*o] != [*old]
     return len(o) != len(old) or not all(map(operator.is_, o, old))
 
+def _shared_by(cls):
+    "The containers that all modules of a class share: in the class, and in the names that its `forward` uses"
+    f = inspect.unwrap(cls.forward)
+    if not isinstance(f, FunctionType) or cls.__module__.startswith('torch.nn.'): return []
+    held = [v for c in cls.__mro__ if not c.__module__.startswith('torch.nn.') for n,v in vars(c).items() if not n.startswith('__')]
+    return [o for o in (*held, *(f.__globals__.get(n) for n in f.__code__.co_names)) if type(o) in _containers]
+
 @contextmanager
 def untouched(
     model:nn.Module, # Restored on leaving: each module's attributes, the lists, dicts and sets among them, and the tensors that are no parameters
@@ -323,12 +330,13 @@ def untouched(
     "Undo whatever runs inside does to the attributes of `model`'s modules"
     before,tensors = [],[]
     for m in model.modules(): _note(m.__dict__, before, tensors, _own)
+    for o in {id(o): o for cls in {type(m) for m in model.modules()} for o in _shared_by(cls)}.values(): _note(o, before, tensors)
     try: yield
     finally:
         for o,old in before:
             if _changed(o, old):
                 o.clear()
-                (o.extend if isinstance(o, list) else o.update)(old)
+                (o.extend if isinstance(o, (list, deque)) else o.update)(old)
         for t,version,old in tensors:
             if t._version != version: t.detach().copy_(old)
 

@@ -21,18 +21,21 @@ def plain_batchnorm(
     m:nn.Module,
 )->bool:
     "Is `m` a BatchNorm that computes as PyTorch's own does?"
-    return isinstance(m, _BatchNorm) and 'forward' not in vars(m) and type(m).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward) and type(m).__call__ is nn.Module.__call__
+    return isinstance(m, _BatchNorm) and 'forward' not in vars(m) and _is_pytorchs(type(m)) and type(m).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward) and type(m).__call__ is nn.Module.__call__
+
+def _is_pytorchs(cls): return cls.forward.__globals__['__name__'].startswith('torch.nn.') # and not what someone put in its place
 
 def settings_of(m):
     "What a layer does its work with: a trace must leave it as it was"
     get = vars(m).get
-    return m._parameters.get('bias') is None, get('stride'), get('padding'), get('dilation'), get('groups'), get('eps')
+    return m._parameters.get('bias') is None, get('stride'), get('padding'), get('dilation'), get('groups'), get('eps'), *map(id, (*m._parameters.values(), *m._buffers.values()))
 
 def known_layer(m):
     "Does `m` need no look inside? (For speed alone: a look inside would show the same; and an instance norm would ask whether it is given a batch)"
+    if not _is_pytorchs(type(m)): return False
     if type(m) in (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d): return vars(m).keys().isdisjoint(('forward', 'weight', 'bias'))
     if type(m) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear):
-        return vars(m).keys().isdisjoint(('forward', 'weight', 'bias')) and getattr(m, 'padding_mode', 'zeros') == 'zeros' and m._parameters.get('weight') is not None
+        return vars(m).keys().isdisjoint(('forward', '_conv_forward', 'weight', 'bias')) and getattr(m, 'padding_mode', 'zeros') == 'zeros' and m._parameters.get('weight') is not None
     return type(m) is nn.ReLU and 'forward' not in vars(m)
 
 # %% ../../nbs/02_fold.known.ipynb #f3151bb7

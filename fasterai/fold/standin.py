@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
-from .code import KINDS_ASKED, asked_for_none, is_message, question, was_raised
+from .code import KINDS_ASKED, asked_by, asked_for_none, is_message, question, was_raised
 from .flow import ATOMS, naming, same_random_state, untouched, values_in, young_garbage
 from .known import METADATA, MODULES, PATTERNED, TENSORS, chunks_of, gives_several, is_number, known_layer, may_be_none, operations_in, plain_batchnorm, rank_of, settings_of, sizes_of, type_of, types_of
 
@@ -100,6 +100,7 @@ def _isinstance(o, kind, isinstance=isinstance):
     except TypeError: # for what a trace put in the place of `int`
         if isinstance(o, kind := tuple(getattr(k, 'stands_for', k) for k in (kind if type(kind) is tuple else (kind,)))): return True
     if not issubclass(type(o), fx.Proxy): return False
+    if issubclass(type(o), _Held): return isinstance(o.held, kind)
     if not issubclass(type(o), _Number): o = o.tracer.proxy(o.node) # an attribute of one
     frame = sys._getframe(1)
     foreign = frame.f_globals.get('__name__', '').split('.')[0] not in ('torch', 'fasterai') or frame.f_code is torch.is_tensor.__code__
@@ -166,7 +167,7 @@ class _Tracer(fx.proxy.TracerBase):
     "Goes through a part of a model and all that it calls, but for the `opaque` modules"
     def __init__(self, names, params, opaque):
         self.names,self.params,self.opaque,self.nodes,self.autocast = names,params,opaque,[],torch._C._is_any_autocast_enabled()
-        self.thread,self.stack,self.frames,self.calls,self.read,self.proxies,self.branched,self.patched,self.tries,self.made = threading.get_ident(),[],[],[],set(),{},set(),[],0,[]
+        self.thread,self.stack,self.frames,self.calls,self.read,self.proxies,self.branched,self.patched,self.tries,self.made,self.decided = threading.get_ident(),[],[],[],set(),{},set(),[],0,[],[]
 
     def call_module(self, m, args, kwargs):
         if m not in self.names: raise Opaque(self.here(), f'it calls a {type(m).__name__} that is no part of the model', choice=False)
@@ -193,7 +194,7 @@ class _Tracer(fx.proxy.TracerBase):
 
     def ways(self, m, args, kwargs):
         "Every way through `m`"
-        why = 'it has a `forward` of its own' if 'forward' in vars(m) else question(type(m))
+        why = 'it has a `forward` of its own' if 'forward' in vars(m) else question(type(m)) or next(filter(None, (asked_by(v) for v in vars(m).values() if type(v) not in ATOMS)), '')
         if why: raise Opaque(m, why, choice=why not in KINDS_ASKED)
         params,_ = asked_for_none(type(m))
         if params and len(self.stack) > 1 and any(map(may_be_none, _nodes([args, kwargs]))): raise Opaque(m, 'it asks what kind of input it is given')
@@ -237,6 +238,7 @@ class _Tracer(fx.proxy.TracerBase):
         raise Opaque(m, 'its ways give different things')
 
     def to_bool(self, obj):
+        self.decided.append(obj.node)
         choices,taken = frame = self.frames[-1]
         if taken == len(choices): choices.append(True)
         if len(choices) > _max_choices: raise Opaque(self.here(), 'it loops on what it computes')

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .carry import ORDERS, Stop, order
-from .code import may_choose
+from .code import KINDS_ASKED, may_choose
 from .flow import SHAPED_LIKE, Entry, Flow, Value, held_in, mapped, naming, read_written_out, tensors_of, uncollected, under, values_in
 from .known import METADATA, known_layer, plain_batchnorm
 from .layers import LAYERS, layer_call, out_channels
@@ -149,6 +149,7 @@ class _Graph:
         values = lambda nodes: [v for n in nodes if type(v := self.of.get(n)) is Value]
         for stack,args,outs,one in tracer.calls: flow.entries.append(Entry(stack[-1], stack, values(args), values(outs), one))
         for name in tracer.read: flow.params[name].outside = 'a computation on weights'
+        for v in values(tracer.decided): v.outside = v.outside or 'an `if`'
         for v in (self.of.get(n) for n in tracer.kept):
             if isinstance(v, Value): v.outside = v.outside or 'a later call, for which it is kept'
 
@@ -179,6 +180,7 @@ class _Graph:
     def module(self, name, args, kwargs, stack, training):
         "The one operation of a module that is not looked into"
         m = self.flow.modules[name]
+        if not args and [*kwargs] == ['input']: args,kwargs = (kwargs['input'],), {}
         if len(args) != 1 or kwargs or not isinstance(args[0], Value) or not (plain_batchnorm(m) or known_layer(m)): return self.call(type(m).__name__, args, kwargs, stack, opaque=True)
         if isinstance(m, _InstanceNorm): return self.call('instance_norm', (*args, *self.held(m, 'weight', 'bias', 'running_mean', 'running_var'), training or not m.track_running_stats, m.momentum, m.eps), {}, stack)
         if type(m) is nn.ReLU: return self.call('relu', args, {}, stack, m.inplace)
@@ -219,8 +221,8 @@ def trace_flow(
                 flow.traces.append((name, set(opaque), tracer))
                 _Graph(flow, tracer)
     for m in names:
-        if m._modules and (m._forward_hooks or m._forward_pre_hooks): # a hook is given its module, and may use what is in it
-            _may_reach(flow, m, names)
+        if m._forward_hooks or m._forward_pre_hooks: # a hook is given its module, and may use what is in it, and what it holds itself
+            _may_reach(flow, m, names, but=m if not m._modules else None)
     read_written_out(flow)
     flow.note_hooks()
     return flow
@@ -246,10 +248,10 @@ def same_outline(
             if now.outline(gone, both, heirs) != was.outline(gone, both) or outside(now.called()) != outside(was.called()): return f'{naming(name)} computes something else'
     return ''
 
-def _may_reach(flow, m, names):
+def _may_reach(flow, m, names, but=None):
     "What can't be seen of `m` may use every module that it reaches"
     for o in held_in(m, nn.Module):
-        if o in names: flow.unknown.setdefault(names[o], names[m])
+        if o in names and o is not but: flow.unknown.setdefault(names[o], names[m])
 
 def _trace_root(m, flow, names, opaque):
     "A tracer for each variant of `m`'s arguments, with as few opaque modules as it takes"
@@ -267,7 +269,7 @@ def _trace_root(m, flow, names, opaque):
             why,choice = e.why,e.choice
         except Exception as e: why = str(e).strip().split('\n')[0] or type(e).__name__
         flow.failed[names[m]] = why
-        if choice or may_choose(m): flow.undecided.add(names[m])
+        if choice or may_choose(m, helpers=why not in KINDS_ASKED): flow.undecided.add(names[m])
         _may_reach(flow, m, names)
         for t in held_in(m, nn.Parameter):
             if t in flow.names and not under(flow.names[t], names[m]): flow.params[flow.names[t]].outside = naming(names[m])
