@@ -1,5 +1,5 @@
 "Any state that a real model is in: folded right, or kept with a reason, or refused with an error that says what to do. Each beside its twin."
-import copy, pickle, random, threading
+import copy, itertools, pickle, random, threading
 
 import numpy as np, pytest, torch
 from torch import nn
@@ -361,10 +361,9 @@ class Fails(nn.Module):
     "Raises in the run numbered `at`"
     def __init__(self, at): super().__init__(); self.at = at
     def forward(self, x):
-        counts[0] += 1
-        if counts[0] == self.at: raise RuntimeError('at work')
+        if next(counts) == self.at: raise RuntimeError('at work')
         return x
-counts = [0]
+counts = itertools.count(1)
 
 def after(n, error):
     "A function that fails in its call numbered `n`, and else does what it stands for"
@@ -404,9 +403,10 @@ def test_fault(at, inplace, error, example, monkeypatch):
 @pytest.mark.parametrize('inplace', [False, True], ids=['copy', 'inplace'])
 def test_forward_that_raises(inplace):
     "In the recorded run, or in the check of the folded model"
+    global counts
     for at, error in ((1, ValueError), (4, FoldError)): # the two between trace the code
         model = nn.Sequential(chain(), Fails(at)).eval()
-        before, counts[0] = snapshot(model), 0
+        before, counts = snapshot(model), itertools.count(1)
         with pytest.raises(error) as e: BN_Folder().fold(model, x, inplace=inplace)
         assert 'at work' in str(e.value)
         assert_untouched(model, before)

@@ -139,7 +139,7 @@ _by_number = {'pad', 'permute', 'transpose', 'swapaxes', 'movedim', 'chunk', 'sp
 def _varies(op, args, kwargs):
     "Does the operation do something else with another argument or size? What a run did shows one of them"
     given = [args[1][1:2] if isinstance(args[1], tuple) else args[1]] if op == 'getitem' else [*args[1:], *kwargs.values()] if op in _by_number else []
-    return bool(values_in(given, _Node) or values_in(given, Value))
+    return bool(values_in(given, _Node)) or any(v.call is None and not v.name for v in values_in(given))
 
 class _Graph:
     "Adds the calls of one graph to a flow"
