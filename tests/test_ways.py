@@ -1,0 +1,243 @@
+"What a `forward` may do on another call than the one that is seen: each was once folded, wrongly."
+import collections, functools, math
+
+import numpy as np, pytest, torch
+import torch.nn.functional as F
+from torch import nn
+
+from fasterai.fold.verify import difference, run
+from fasterai.misc.bn_folding import BN_Folder
+from helpers import Net, fold, net, norms, randomise
+
+x = torch.randn(2, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+odd = torch.randn(2, 4, 9, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+def conv(o=4, **kw): return nn.Conv2d(4, o, 3, **{'padding': 1, **kw})
+def bn(): return nn.BatchNorm2d(4)
+def pair(forward, **more): return net(forward, conv=conv(), bn=bn(), **more)
+def same(model, new, calls):
+    for args in calls: assert difference(run(model, args, {}), run(new, args, {})).relative < 1e-12
+def folded(model, example, calls):
+    "The report of a fold that gives what `model` gives for every one of `calls`"
+    folder = BN_Folder()
+    same(model, folder.fold(model, *example), calls)
+    return folder.report
+
+
+class Up(nn.Module):
+    "Pads what does not fit, between its layer and its BatchNorm"
+    def __init__(self): super().__init__(); self.up, self.bn = nn.ConvTranspose2d(4, 4, 2, 2), bn()
+    def forward(self, x, skip):
+        x = self.up(x)
+        more = [skip.shape[d] - x.shape[d] for d in (3, 2)]
+        if any(n != 0 for n in more): x = F.pad(x, (0, more[0], 0, more[1]))
+        return self.bn(x).relu() + skip
+def of_a_list(m, x):
+    if isinstance(x, (list, tuple)): x = torch.stack([*x])
+    return m.up(F.max_pool2d(x, 2), x)
+def of_what_may_fail(m, x):
+    try: return m.up(F.max_pool2d(x, 2), x)
+    except ValueError: return x
+
+
+@pytest.mark.parametrize('forward', [of_a_list, of_what_may_fail])
+def test_a_child_that_chooses_in_a_parent_that_cannot_be_followed(forward):
+    for example in ((), (x,)): folded(net(forward, up=Up()), example, [(x,), (odd,)])
+
+
+def skipped(m, x, skip): return m.conv(x).relu() if skip is None else m.bn(m.conv(x)) + skip
+def masked(m, batch):
+    y = m.conv(batch['x'])
+    return y if batch['mask'] is None else m.bn(y)*batch['mask']
+def flagged(m, x, on=True):
+    y = m.conv(x)
+    return y if on is None else m.bn(y)
+def of_a_tensor(m, x): return m.bn(m.conv(x)) if isinstance(x, torch.Tensor) else m.conv(x[0])
+def of_what_is_one(m, x): return m.bn(m.conv(x)) if torch.is_tensor(x) else m.conv(x[0])
+def with_a_mask(m, x): return m.conv(x.x) if hasattr(x, 'mask') else m.bn(m.conv(x))
+Nested = collections.namedtuple('Nested', 'x mask')
+
+
+@pytest.mark.parametrize('forward, calls', [
+    (skipped, [(x, x), (x, None)]), (masked, [({'x': x, 'mask': x},), ({'x': x, 'mask': None},)]), (flagged, [(x,), (x, None)]),
+    (of_a_tensor, [(x,), ([x],)]), (of_what_is_one, [(x,), ([x],)]), (with_a_mask, [(x,), (Nested(x, None),)])], ids=lambda o: getattr(o, '__name__', ''))
+def test_inputs_of_another_kind(forward, calls):
+    for example in ((), calls[0]): folded(pair(forward), example, calls)
+
+
+def by_domain(m, batch): return m.norms[batch['domain']](m.conv(batch['x']))
+def of_all_that_is_there(m, xs): return m.bn(sum(m.layers[k](v) for k, v in xs.items()))
+def pyramid(m, xs):
+    y = m.conv(xs[-1])
+    for f in xs[:-1]: y = y.relu() + f
+    return m.bn(y)
+def of_a_chunk(m, x, i=0): return m.bn(m.wide(x).chunk(2, 1)[i])
+def padded_by_size(m, x): return m.bn(F.avg_pool2d(m.conv(x), 2, 2, (x.shape[2]%2, x.shape[3]%2)))
+def padded_by_mode(m, x, mode='reflect'): return m.deaf(F.pad(m.bn(x), (1, 1, 1, 1), mode=mode))
+
+
+@pytest.mark.parametrize('forward, calls', [
+    (by_domain, [({'x': x, 'domain': 'a'},), ({'x': x, 'domain': 'b'},)]), (of_all_that_is_there, [({'a': x, 'b': x},), ({'a': x},)]), (pyramid, [([x],), ([x, x],)]),
+    (of_a_chunk, [(x,), (x, 1)]), (padded_by_size, [(x,), (odd,)]), (padded_by_mode, [(x,), (x, 'constant')])], ids=lambda o: getattr(o, '__name__', ''))
+def test_choices_without_an_if(forward, calls):
+    for example in ((), calls[0]):
+        model = pair(forward, wide=conv(8), deaf=conv(padding=0), norms=nn.ModuleDict(dict(a=bn(), b=bn())), layers=nn.ModuleDict(dict(a=conv(), b=conv())))
+        folded(model, example, calls)
+
+
+def far(x): return float(x.abs().max()) > 1e3
+class Features(Net):
+    def features(self, x): return self.conv(x)
+def by_index(m, x): return m.seqs[0][0](x) if far(x) else m.seqs[0](x)
+def by_slice(m, x):
+    for s in m.seqs: x = s[:1](x) if far(x) else s(x)
+    return x
+def by_method(m, x):
+    for b in m.blocks: x = b.features(x) if far(x) else b(x)
+    return x
+
+
+@pytest.mark.parametrize('forward', [by_index, by_slice, by_method])
+def test_what_a_list_holds_is_reached_into(forward):
+    model = net(forward, seqs=nn.ModuleList([nn.Sequential(conv(), bn())]), blocks=nn.ModuleList([net(lambda m, x: m.bn(m.conv(x)), Features, conv=conv(), bn=bn())]))
+    folded(model, (x,), [(x,), (x*1e4,)])
+
+
+class Author(nn.Module):
+    "Has methods that its `forward` never comes to, as those of libraries have"
+    def __init__(self): super().__init__(); self.encoder = nn.Sequential(conv(), bn()); self.kind = None
+    def forward(self, x, **kw): return self.scaled(self.encoder(x))*getattr(self, 'factor', 1)
+    @staticmethod
+    def scaled(x): return by_far(x)
+    def fuse(self): return [m for m in self.modules()], self.encoder[0].weight
+def by_far(x): return x*2
+
+
+def test_methods_that_nobody_calls():
+    assert folded(randomise(Author()).double(), (x,), [(x,), (odd,)]).folded == 1
+
+
+class Base(Net):
+    def forward(self, x):
+        y = self.conv(x)
+        try: return self.bn(y)
+        except ValueError: return y
+def unbatched(f):
+    @functools.wraps(f)
+    def forward(self, x):
+        try: return f(self, x)
+        except ValueError: return self.conv(x)
+    return forward
+
+
+@pytest.mark.parametrize('forward', [lambda m, x: Base.forward(m, x)*2, lambda m, x: super(type(m), m).forward(x)*2, unbatched(lambda m, x: m.bn(m.conv(x)))], ids=['named', 'super', 'decorated'])
+def test_code_of_bases_and_decorators(forward):
+    for example in ((), (x,)): folded(net(forward, Base, conv=conv(), bn=bn()), example, [(x,), (x[0],)])
+
+
+def test_a_choice_reads():
+    for forward in (lambda m, x: m.bn(y) if (y := m.conv(x)).any() else y, lambda m, x: m.bn(y) if torch.allclose(y := m.conv(x), x) else m.bn(y)*2):
+        for example in ((), (x,)): folded(pair(forward), example, [(x,), (x*0,)])
+
+
+class Memory(Net):
+    def __init__(self, **layers): super().__init__(**layers); self.seen, self.last = collections.deque(maxlen=3), collections.defaultdict(list)
+shared, counted = [], {}
+def remembers(m, x):
+    y = m.bn(m.conv(x))
+    m.seen.append(y)
+    m.last['y'].append(y)
+    shared.append(y)
+    counted['n'] = y
+    return y
+
+
+@pytest.mark.parametrize('example', [(), (x,)], ids=['without', 'example'])
+def test_a_trace_leaves_nothing_behind(example):
+    model = net(remembers, Memory, conv=conv(), bn=bn())
+    BN_Folder().fold(model, *example)
+    assert not model.seen and not model.last and shared == [] and counted == {}
+
+
+class Cached(Net):
+    @functools.lru_cache
+    def scale(self): return self.bn.weight.abs().mean()
+
+
+def test_a_method_that_is_cached():
+    model = net(lambda m, x: m.bn(m.conv(x))*m.scale(), Cached, conv=conv(), bn=bn())
+    why = BN_Folder().plan(model)['bn'].why
+    assert 'it keeps what it computed' in why and isinstance(run(model, (x,), {}), torch.Tensor)
+
+
+def test_a_compiled_module_is_not_copied():
+    model = pair(lambda m, x: m.bn(m.conv(x)))
+    model._compiled_call_impl = lambda x: x # as `model.compile()` makes it, for what it was called on
+    assert BN_Folder().fold(model)._compiled_call_impl is None
+
+
+class Frozen(nn.Module):
+    "As DETR has it: its ε is in its code"
+    def __init__(self, n=4):
+        super().__init__()
+        for name, t in dict(weight=torch.randn(n), bias=torch.randn(n), running_mean=torch.randn(n), running_var=torch.rand(n)/100).items(): self.register_buffer(name, t)
+    def forward(self, x):
+        w, b, v, m = (t.reshape(1, -1, 1, 1) for t in (self.weight, self.bias, self.running_var, self.running_mean))
+        epsilon = 1e-5
+        scale = w*(v + epsilon).rsqrt()
+        return x*scale + (b - m*scale)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_an_epsilon_in_the_code(dtype):
+    model, folder = nn.Sequential(conv(), Frozen()).eval().to(dtype), BN_Folder()
+    new = folder.fold(model, x.to(dtype))
+    assert folder.report.folded == 1
+    same(model.double(), new.double(), [(x,)]) if dtype == torch.float64 else None
+    assert difference(run(model.double(), (x,), {}), run(new.double(), (x,), {})).relative < 1e-6
+
+
+class Remade(nn.Module):
+    "Made anew by a copy, and in training mode, as the layers of einops are"
+    def forward(self, x): return x
+    def __getstate__(self): return {}
+    def __setstate__(self, state): self.__init__()
+
+
+def test_a_copy_that_is_made_anew():
+    new = BN_Folder().fold(randomise(nn.Sequential(conv(), bn(), Remade()).eval()))
+    assert not norms(new) and not any(m.training for m in new.modules())
+
+
+def scaled_forward(self, x): return F.linear(x, self.weight, self.bias).relu()
+
+
+def test_layers_that_are_not_pytorchs_any_more(monkeypatch):
+    model = pair(lambda m, x: m.bn(m.conv(x)))
+    model.conv._conv_forward = lambda x, weight, bias: F.conv2d(x, weight - weight.mean(), bias, padding=1)
+    for example in ((), (x,)): folded(model, example, [(x,)])
+    model = pair(lambda m, x: m.bn(m.conv(x)) + m.conv(input=x))
+    for example in ((), (x,)): assert not folded(model, example, [(x,)]).folded
+    monkeypatch.setattr(nn.Linear, 'forward', scaled_forward)
+    flat = net(lambda m, x: m.bn(m.fc(x)), fc=nn.Linear(4, 4), bn=nn.BatchNorm1d(4))
+    for example in ((), (x[..., 0, 0],)): folded(flat, example, [(x[..., 0, 0],)])
+
+
+numbers = dict(
+    zeros=lambda m, x: (y := m.bn(m.conv(x))) + torch.zeros(y.shape[0], 4, 1, 1, dtype=y.dtype),
+    root=lambda m, x: (y := m.bn(m.conv(x)).flatten(2)) @ y.transpose(1, 2)/math.sqrt(y.shape[-1]),
+    whole=lambda m, x: (y := m.bn(m.conv(x)))[..., :int(y.shape[-1]*.5)],
+    smallest=lambda m, x: (y := m.bn(m.conv(x))).clamp(min=torch.finfo(y.dtype).min),
+    numpys=lambda m, x: (y := m.bn(m.conv(x)))/np.sqrt(y.shape[-1]),
+    is_a_float=lambda m, x: m.bn(y) if isinstance((y := m.conv(x)).shape[0]/2, float) else y,
+    is_a_tensor=lambda m, x: m.bn(y) if isinstance(torch.arange((y := m.conv(x)).shape[0]), torch.Tensor) else y,
+    is_a_name=lambda m, x: m.bn(y) if not isinstance((y := m.conv(x)).device.type, str) else y,
+    in_a_list=lambda m, x: m.bn(y := m.conv(x)) + torch.tensor([y.sum(), 2.]).mean(),
+    by_a_size=lambda m, x: m.bn((y := m.conv(x))*torch.arange(y.shape[-1])),
+    of_two=lambda m, x: m.bn(y) if int((y := m.conv(x)).shape[0]) == 2 else y)
+
+
+@pytest.mark.parametrize('name', numbers)
+def test_numbers_computed_from_sizes(name):
+    for example in ((), (x,)):
+        report = folded(pair(numbers[name]), example, [(x,), (odd,), (x[:1],)])
+        if name in ('zeros', 'root', 'whole', 'smallest', 'numpys'): assert report.folded == 1
