@@ -8,7 +8,7 @@ __all__ = ['KINDS_ASKED', 'question', 'asked_by', 'asked_for_none', 'may_choose'
 # %% ../../nbs/02_fold.code.ipynb #f88cad2c
 import builtins,contextlib,dis,functools,inspect,operator,sys
 from collections.abc import Callable
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType, MethodType, ModuleType
 
 import torch
 from torch import nn
@@ -149,12 +149,14 @@ def _functions(o):
     found = (o.fget, o.fset, o.fdel) if isinstance(o, property) else [getattr(o, '__func__', getattr(o, 'func', o))] if isinstance(o, (classmethod, staticmethod, functools.cached_property, functools.partialmethod)) else [o]
     return [g for f in found if callable(f) and isinstance(g := inspect.unwrap(f), FunctionType)]
 
-_making = {'__init__', '__setstate__'}
+_making = {f'__{n}__' for n in ('init', 'new', 'init_subclass', 'class_getitem', 'setstate', 'getstate', 'reduce', 'reduce_ex', 'copy', 'deepcopy', 'repr', 'str', 'dir', 'del')} # what no `forward` comes to
 def _calls_method(i): return i.opname == 'LOAD_METHOD' or i.opname == 'LOAD_ATTR' and sys.version_info >= (3, 12) and i.arg & 1
 def _instructions(f): return [[*dis.get_instructions(c)] for c in _codes(f.__code__)]
 
 @functools.lru_cache(None)
-def _names_in(f): return {i.argval for code in _instructions(f) for i in code if isinstance(i.argval, str)}
+def _names_in(f):
+    "The names in a function, but for those that are read from a global object"
+    return {i.argval for code in _instructions(f) for before,i in zip([None, *code], code) if isinstance(i.argval, str) and not (before and before.opname == 'LOAD_GLOBAL' and i.opname.startswith(('LOAD_ATTR', 'LOAD_METHOD')))}
 
 def _constant_name(code, at):
     "The name that the `getattr` at `code[at]` asks for, if it is a constant"
@@ -164,7 +166,8 @@ def _constant_name(code, at):
 def _own_functions(m):
     "Each of `m`'s own methods that its `forward` may come to, those of its bases up to PyTorch's own, and each function that it holds but for PyTorch's"
     own = [(name, f) for c in type(m).__mro__ if not c.__module__.startswith('torch.nn.') for name,o in vars(c).items() if name not in _making for f in _functions(o)]
-    held = [inspect.unwrap(f) for f in vars(m).values() if isinstance(f, FunctionType) and not (f.__module__ or '').startswith('torch.')]
+    bound = [f.__func__ for f in vars(m).values() if isinstance(f, MethodType) and f.__self__ is m]
+    held = [inspect.unwrap(f) for f in (*vars(m).values(), *bound) if isinstance(f, FunctionType) and not (f.__module__ or '').startswith('torch.')]
     left,reached = own, held
     while now := [(n, f) for n,f in left if n == 'forward' or n.startswith('__') or any(n in _names_in(g) for g in reached)]:
         left = [o for o in left if o not in now]
@@ -197,7 +200,7 @@ def _is_static(m, f): return any(isinstance(o, staticmethod) and f in _functions
 def _hands_itself_over(f):
     "Does the method `f` give its module to a function of the model's author?"
     authors = any(isinstance(g, FunctionType) and (g.__module__ or '').split('.')[0] not in ('torch', 'fasterai') for g in _held_by(f).values())
-    return authors and any(_is_self(i, f) and not after.opname.startswith(('LOAD_ATTR', 'LOAD_METHOD', 'LOAD_SUPER', 'STORE_ATTR', 'GET_ITER')) for code in _instructions(f) for i,after in zip(code, code[1:]))
+    return authors and any(_is_self(i, f) and not after.opname.startswith(('LOAD_ATTR', 'LOAD_METHOD', 'LOAD_SUPER', 'STORE_ATTR', 'GET_ITER')) and not (code[at-1].argval == 'getattr' and after.opname == 'LOAD_CONST') for code in _instructions(f) for at,(i,after) in enumerate(zip(code, code[1:])))
 
 def _goes_in(code, at):
     "Is something taken out of what is no attribute: of a local variable, of what was taken out itself?"
@@ -217,7 +220,8 @@ def may_reach(
     "How far the code of `m` goes into its children. Where that can't be seen, all the way"
     functions = _own_functions(m)
     codes = [(f, code) for f in functions for code in _instructions(f)]
-    if 'forward' in vars(m) or any(_hands_itself_over(f) for f in functions if not _is_static(m, f)) or any(_walks_on(code, at) for _,code in codes for at in range(len(code))): return lambda path: '.' in path
+    replaced = vars(m).get('forward')
+    if replaced and getattr(replaced, '__self__', None) is not m or any(_hands_itself_over(f) for f in functions if not _is_static(m, f)) or any(_walks_on(code, at) for _,code in codes for at in range(len(code))): return lambda path: '.' in path
     asks_none = lambda i: i.opname == 'LOAD_CONST' and i.argval is None or 'POP_JUMP' in i.opname
     asks_fact = lambda i,after: after.opname.startswith('LOAD_ATTR') and i.argval in m._modules and _is_plain_fact(m._modules[i.argval], after.argval)
     read = {i.argval for _,code in codes for i,after in zip(code, code[1:]) if i.opname.startswith('LOAD_ATTR') and not _calls_method(i) and not asks_none(after) and not asks_fact(i, after)}
@@ -227,7 +231,8 @@ def may_reach(
     def reaches(path):
         name,_,inside = path.partition('.')
         child,listed = m._modules[name], False
-        while inside and isinstance(child, (nn.ModuleList, nn.ModuleDict)): # to take one out of a list is not to look into it
+        while inside and isinstance(child, (nn.ModuleList, nn.ModuleDict, *[nn.Sequential][:name in read])): # to take one out of a list is not to look into it
+            if isinstance(child, nn.Sequential) and '.' not in inside: return True # it may be called as a whole, too
             at,_,inside = inside.partition('.')
             child,listed = child._modules[at], True
         into = listed and (goes_in and isinstance(child, nn.Sequential) or any(isinstance(getattr(type(child), n, None), (FunctionType, property)) and not hasattr(nn.Module, n) for n in of_others))

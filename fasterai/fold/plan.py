@@ -241,7 +241,7 @@ def in_all_ways(
             for way in ways:
                 inside,shared = _involved(way)
                 inside |= {m for c in way for v in ((c.args[0] if c is way[0] else None), *c.outs) if isinstance(v, Value) for m in through.get(v, ()) if under(m, shared)}
-                at = next((m for m in sorted(inside) if m in symbolic.branches or m in undecided and under(m, shared)), None)
+                at = next((m for m in sorted(inside) if under(m, shared) and (m in symbolic.branches or m in undecided)), None)
                 if at is None and any(c.op == 'squeeze' for c in way): at = shared # it squeezes what happens to be of size one
                 if at is None and unseen: at = shared
                 if at is not None: raise Stop(f'{naming(at)} chooses its way by its input, and not every way is known to allow it')
