@@ -241,3 +241,22 @@ def test_numbers_computed_from_sizes(name):
     for example in ((), (x,)):
         report = folded(pair(numbers[name]), example, [(x,), (odd,), (x[:1],)])
         if name in ('zeros', 'root', 'whole', 'smallest', 'numpys'): assert report.folded == 1
+
+
+class Stages(nn.Module):
+    "Chooses what it returns, and not what its stages do"
+    def __init__(self): super().__init__(); self.stages = nn.ModuleList([nn.Sequential(conv(), bn()) for _ in range(2)])
+    def forward(self, x, all_of_them=False):
+        seen = ()
+        for s in self.stages:
+            if all_of_them: seen = (*seen, x)
+            x = s(x)
+        return (x, *seen)
+class Library(nn.Module):
+    "As the models of transformers are: any keywords, a class of its own for what it gives"
+    def __init__(self): super().__init__(); self.encoder = Stages()
+    def forward(self, x, all_of_them=None, **kw): return self.encoder(x, all_of_them=all_of_them if all_of_them is not None else False)
+
+
+def test_what_a_parent_chooses_is_not_what_its_children_do():
+    assert folded(randomise(Library().eval()).double(), (x,), [(x,), (odd,), (x, True)]).folded == 2
