@@ -194,7 +194,7 @@ class _Tracer(fx.proxy.TracerBase):
 
     def ways(self, m, args, kwargs):
         "Every way through `m`"
-        why = 'it has a `forward` of its own' if 'forward' in vars(m) else question(type(m)) or next(filter(None, (asked_by(v) for v in vars(m).values() if type(v) not in ATOMS)), '')
+        why = 'it has a `forward` of its own' if 'forward' in vars(m) else question(type(m)) or next(filter(None, (asked_by(v) for v in vars(m).values() if type(v) not in ATOMS and not isinstance(v, (dict, set)))), '')
         if why: raise Opaque(m, why, choice=why not in KINDS_ASKED)
         params,_ = asked_for_none(type(m))
         if params and len(self.stack) > 1 and any(map(may_be_none, _nodes([args, kwargs]))): raise Opaque(m, 'it asks what kind of input it is given')
