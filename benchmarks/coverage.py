@@ -19,6 +19,7 @@ from common import build, cast, error_of, give_back, here, limit, load, randomis
 from fasterai.fold.verify import run
 from fasterai.misc.bn_folding import BN_Folder
 
+
 def try_fold(model, example, args):
     "One fold: how many, how far apart, why the rest was kept"
     bn, start = BN_Folder(), time.perf_counter()

@@ -1,5 +1,5 @@
 "What a `forward` may do on another call than the one that is seen: each was once folded, wrongly."
-import collections, functools, math
+import collections, functools, gc, math, weakref
 
 import numpy as np, pytest, torch
 import torch.nn.functional as F
@@ -55,11 +55,17 @@ def of_a_tensor(m, x): return m.bn(m.conv(x)) if isinstance(x, torch.Tensor) els
 def of_what_is_one(m, x): return m.bn(m.conv(x)) if torch.is_tensor(x) else m.conv(x[0])
 def with_a_mask(m, x): return m.conv(x.x) if hasattr(x, 'mask') else m.bn(m.conv(x))
 Nested = collections.namedtuple('Nested', 'x mask')
+def of_one_inside(m, batch): return m.conv(batch['x'].x) if hasattr(batch['x'], 'x') else m.bn(m.conv(batch['x']))
+def of_one_tried(m, batch):
+    try: return m.conv(batch['x'].x)
+    except AttributeError: return m.bn(m.conv(batch['x']))
+def of_a_tensor_inside(m, batch): return m.bn(m.conv(batch['x'])) if isinstance(batch['x'], torch.Tensor) else m.conv(batch['x'].x)
 
 
 @pytest.mark.parametrize('forward, calls', [
     (skipped, [(x, x), (x, None)]), (masked, [({'x': x, 'mask': x},), ({'x': x, 'mask': None},)]), (flagged, [(x,), (x, None)]),
-    (of_a_tensor, [(x,), ([x],)]), (of_what_is_one, [(x,), ([x],)]), (with_a_mask, [(x,), (Nested(x, None),)])], ids=lambda o: getattr(o, '__name__', ''))
+    (of_a_tensor, [(x,), ([x],)]), (of_what_is_one, [(x,), ([x],)]), (with_a_mask, [(x,), (Nested(x, None),)]),
+    *((f, [({'x': x},), ({'x': Nested(x, None)},)]) for f in (of_one_inside, of_one_tried, of_a_tensor_inside))], ids=lambda o: getattr(o, '__name__', ''))
 def test_inputs_of_another_kind(forward, calls):
     for example in ((), calls[0]): folded(pair(forward), example, calls)
 
@@ -100,6 +106,26 @@ def by_method(m, x):
 def test_what_a_list_holds_is_reached_into(forward):
     model = net(forward, seqs=nn.ModuleList([nn.Sequential(conv(), bn())]), blocks=nn.ModuleList([net(lambda m, x: m.bn(m.conv(x)), Features, conv=conv(), bn=bn())]))
     folded(model, (x,), [(x,), (x*1e4,)])
+
+
+def by_an_f_string(m, x): return getattr(getattr(m, f'block{0}'), 'conv')(x) if far(x) else m.block0(x)
+def by_a_sum(m, x): return getattr(getattr(m, 'block' + str(0)), 'conv')(x) if far(x) else m.block0(x)
+def by_one_of_two(m, x): return getattr(getattr(m, 'block0' if x.ndim == 4 else 'other'), 'conv')(x) if far(x) else m.block0(x)
+
+
+@pytest.mark.parametrize('forward', [by_an_f_string, by_a_sum, by_one_of_two])
+def test_a_name_that_is_computed(forward):
+    model = net(forward, block0=net(lambda m, x: m.bn(m.conv(x)), Features, conv=conv(), bn=bn()))
+    folded(model, (x,), [(x,), (x*1e4,)])
+
+
+def test_nothing_holds_a_model_that_was_traced():
+    model = pair(lambda m, x: m.bn(m.conv(x)) if int(x.sum()) else x)
+    BN_Folder().fold(model)
+    ref = weakref.ref(model)
+    del model
+    gc.collect()
+    assert ref() is None
 
 
 class Author(nn.Module):

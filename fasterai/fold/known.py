@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['METADATA', 'MODULES', 'PATTERNED', 'TENSORS', 'plain_batchnorm', 'settings_of', 'known_layer', 'is_number', 'type_of',
-           'types_of', 'name_of', 'operations_in', 'rank_of', 'gives_several', 'may_be_none', 'sizes_of', 'chunks_of']
+           'types_of', 'name_of', 'operations_in', 'rank_of', 'gives_several', 'giver', 'is_given', 'sizes_of',
+           'chunks_of', 'length_of']
 
 # %% ../../nbs/02_fold.known.ipynb #67271e36
 import math,operator,re,sys
@@ -120,10 +121,14 @@ def gives_several(node):
     "May it be a tuple or a list?"
     return name_of(node).rstrip('_') in _several or name_of(node).endswith('_with_indices') or node.op == 'call_module' and not _layer(node)
 
-def may_be_none(node):
-    "May a caller, or a module that is not looked into, have given `None`? Is it an argument, what is read from one, or what a module gives that is not looked into?"
-    if node.op == 'call_module': return node.opaque
-    return node.op == 'placeholder' or (node.target is operator.getitem or node.target == 'get') and node.inputs and may_be_none(node.inputs[0])
+def giver(node):
+    "The argument, or the call of a module that is not looked into, which gave this or what this was read from; `None` if it was made otherwise. It may be anything, and `None` too"
+    if node.op == 'placeholder' or node.op == 'call_module' and node.opaque: return node
+    return giver(node.inputs[0]) if (node.target is operator.getitem or node.target == 'get') and node.inputs else None
+
+def is_given(node):
+    "Does a caller give it?"
+    return (by := giver(node)) is not None and by.op == 'placeholder'
 
 def sizes_of(node):
     "How many sizes a shape, or a part of one, has; `None` if that is not known"
@@ -144,3 +149,7 @@ def chunks_of(node):
     if name_of(node) != 'chunk' or given.get('dim') != 1 or type(given.get('chunks')) is not int: return None
     size = _channels(given['input'])
     return given['chunks'] if size and size % given['chunks'] == 0 else None
+
+def length_of(node):
+    "How many parts a loop over it runs through, if that is sure"
+    return sizes_of(node) if node.number else chunks_of(node)

@@ -17,11 +17,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .carry import ORDERS, Stop, order
-from .code import KINDS_ASKED, may_choose
+from .code import KINDS_ASKED, may_choose, variants
 from .flow import SHAPED_LIKE, Entry, Flow, Value, held_in, mapped, naming, read_written_out, tensors_of, uncollected, under, values_in
 from .known import METADATA, known_layer, plain_batchnorm
 from .layers import LAYERS, layer_call, out_channels
-from .standin import INPLACE, Impossible, Opaque, _Node, trace_ways, variants
+from .standin import INPLACE, Impossible, Opaque, _Node, trace_ways
 
 # %% ../../nbs/04_fold.trace.ipynb #56663ae2
 _keep_shape = {'relu', 'relu6', 'leaky_relu', 'prelu', 'elu', 'selu', 'celu', 'gelu', 'silu', 'mish', 'sigmoid', 'tanh', 'hardtanh',
