@@ -21,7 +21,7 @@ from .code import KINDS_ASKED, may_choose, variants
 from .flow import SHAPED_LIKE, Entry, Flow, Value, held_in, mapped, naming, read_written_out, tensors_of, uncollected, under, values_in
 from .known import METADATA, known_layer, plain_batchnorm
 from .layers import LAYERS, layer_call, out_channels
-from .standin import INPLACE, Impossible, Opaque, _Node, trace_ways
+from .standin import INPLACE, Impossible, Opaque, _Node, is_plain, trace_ways
 
 # %% ../../nbs/04_fold.trace.ipynb #56663ae2
 _keep_shape = {'relu', 'relu6', 'leaky_relu', 'prelu', 'elu', 'selu', 'celu', 'gelu', 'silu', 'mish', 'sigmoid', 'tanh', 'hardtanh',
@@ -197,6 +197,38 @@ class _Graph:
         self.flow.add(op, args, kwargs, list(outs), stack, inplace, opaque)
         return outs if parts else outs[0]
 
+# %% ../../nbs/04_fold.trace.ipynb #a1d2f6b3
+def _signature(tracer):
+    "What was done, where, to what, and what came of it, whatever other arguments (a mask) there were"
+    done = [n for n in tracer.nodes if n.op not in ('get_attr', 'output', 'placeholder')]
+    at = {n: i for i,n in enumerate(done)} | {n: (n.op, n.target) for n in tracer.nodes if n.op in ('get_attr', 'placeholder')}
+    read = lambda n: [at[o] for i,o in enumerate(n.inputs) if o in at and not (i and o.op == 'placeholder')]
+    return [(n.op, n.target, n.stack[-1], read(n)) for n in done], [read(n) for n in tracer.nodes if n.op == 'output'], [at.get(n) for n in tracer.kept]
+
+def _written(o, of):
+    "An argument as text: a node as what it is `of`, an object of a class of its own as that class"
+    if isinstance(o, _Node): return f'%{at}' if type(at := of.get(o, '?')) is int else at
+    if isinstance(o, slice): return f'slice{_written((o.start, o.stop, o.step), of)}'
+    if isinstance(o, dict): return str({k: _written(v, of) for k,v in o.items()})
+    if isinstance(o, (tuple, list)): return f"{type(o).__name__}({', '.join(_written(v, of) for v in o)})"
+    return repr(o) if is_plain(o) else getattr(o, '__qualname__', type(o).__name__)
+
+def _outline(tracer, gone, weights, heirs={}):
+    "What was done, where, and to what, but for what is `gone`: modules and weights by name, and whether what they were given stands for what they gave, or nothing does. A weight that is not one of `weights` is written as `None`, and a module that took another's place as it was called: see `heirs`"
+    lines,of = [],{} # `of` a node: the line that stands for it, -1 where nothing does, or the name of a weight
+    for n in tracer.nodes:
+        inputs,name,at = [of[i] for i in n.inputs if i in of], n.target if n.op in ('call_module', 'get_attr') else None, heirs.get(n.stack[-1], n.stack[-1])
+        if n.op == 'call_module': name = heirs.get(name, name)
+        passes = next((gone[o] for o in (name, at, *inputs) if o in gone), None)
+        if passes is False: of[n] = -1
+        elif n.op == 'get_attr' and name: of[n] = name if passes or name in weights else 'None'
+        elif passes: of[n] = next((o for o in inputs if type(o) is int), next(iter(inputs), ''))
+        else:
+            of[n] = len(lines)
+            args = n.args[:1] if n.target is torch._assert else n.args # not the text of an assertion, which may print a module
+            lines.append((n.op, name or n.target, at, _written((args, n.kwargs, n.training), of)))
+    return lines
+
 # %% ../../nbs/04_fold.trace.ipynb #e208e12e
 _lock = threading.RLock()
 
@@ -214,7 +246,7 @@ def trace_flow(
             if type(m).forward is nn.Sequential.forward and name and seen.issuperset(m): continue # nobody calls it, but for what it holds
             seen.add(m)
             tracers = _trace_root(m, flow, names, opaque)
-            if len(tracers) > 1 and len({str(t.signature()) for t in tracers}) > 1: flow.branches.add(name) # an argument that may be left out, or a True or False, chooses its way
+            if len(tracers) > 1 and len({str(_signature(t)) for t in tracers}) > 1: flow.branches.add(name) # an argument that may be left out, or a True or False, chooses its way
             for tracer in tracers:
                 seen.update(flow.modules[stack[-1]] for stack,*_ in tracer.calls)
                 flow.branches |= tracer.branched
@@ -240,12 +272,12 @@ def same_outline(
     modules |= {was: modules[now] for now,was in heirs.items()}
     params = {t: n for n,t in tensors.items()}
     both = flow.tensors.keys() & tensors.keys()
-    outside = lambda called: [n for n in called if not any(n[:i] in gone for i,c in enumerate(n) if c == '.')] # what one that is gone called may be gone too
+    outside = lambda tracer: [n for n in (stack[-1] for stack,*_ in tracer.calls) if not any(n[:i] in gone for i,c in enumerate(n) if c == '.')] # what one that is gone called may be gone too
     with _lock:
         for name,opaque,was in flow.traces:
             try: now = trace_ways(modules[name], names, params, opaque, was.variant)
             except (Opaque, Exception) as e: return f"{naming(name)} fails: {getattr(e, 'why', e)}"
-            if now.outline(gone, both, heirs) != was.outline(gone, both) or outside(now.called()) != outside(was.called()): return f'{naming(name)} computes something else'
+            if _outline(now, gone, both, heirs) != _outline(was, gone, both) or outside(now) != outside(was): return f'{naming(name)} computes something else'
     return ''
 
 def _may_reach(flow, m, names, but=None):
