@@ -215,6 +215,10 @@ def _copy(o, memo):
     if isinstance(o, Tensor) and not o.is_leaf: return memo.setdefault(id(o), o.detach().clone())
     return copy.deepcopy(o, memo)
 
+def _attribute(m, name, memo):
+    try: return _copy(vars(m)[name], memo)
+    except (TypeError, RuntimeError) as e: raise TypeError(f"the `{name}` of a {type(m).__name__} can't be copied ({e}): take it out first, or fold the model itself, with `inplace=True`") from e
+
 def copied(
     model:nn.Module,
     memo:dict|None=None, # As `copy.deepcopy` takes it
@@ -231,7 +235,7 @@ def copied(
     for m,plainly in seen.items():
         if plainly: memo[id(m)] = object.__new__(type(m)) # all of them before their attributes: one may hold another
     for m,plainly in seen.items():
-        if plainly: vars(memo[id(m)]).update((name, _copy(v, memo)) for name,v in vars(m).items() if name != '_compiled_call_impl') # `m.compile()` made it, and it runs the original
+        if plainly: vars(memo[id(m)]).update((name, _attribute(m, name, memo)) for name in vars(m) if name != '_compiled_call_impl') # `m.compile()` made it, and it runs the original
     new = copy.deepcopy(model, memo)
     for m in seen:
         if id(m) in memo: memo[id(m)].training = m.training # a `__setstate__` of its own may make it anew

@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['ATOMS', 'SHAPED_LIKE', 'Value', 'Call', 'values_in', 'mapped', 'naming', 'under', 'altered', 'hook_name', 'Entry',
-           'tensors_of', 'Flow', 'read_written_out', 'held_in', 'untouched', 'same_random_state', 'uncollected',
-           'young_garbage']
+           'tensors_of', 'Flow', 'read_written_out', 'held_in', 'untouched', 'plain_device', 'random_state',
+           'same_random_state', 'uncollected', 'young_garbage']
 
 # %% ../../nbs/02_fold.flow.ipynb #bf5c9638
 import functools,gc,inspect,operator,random,sys,weakref
 from collections import Counter, OrderedDict, defaultdict, deque
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import CellType, CodeType, FunctionType, MethodType, SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from .bake import computing
 
@@ -31,6 +32,7 @@ class Value:
     outside:str='' # Who reads it outside of the calls, if anyone: a caller, a hook
     asked:bool=False # Does code ask for its shape, or another such thing?
     dtype:object=None # Where it is known
+    sure:tuple|None=None # In a recorded run, what of `shape` holds whatever the sizes of the input; `None`: all of it
 
 # %% ../../nbs/02_fold.flow.ipynb #6a2703bd
 @dataclass(eq=False)
@@ -44,6 +46,7 @@ class Call:
     inplace:bool=False # Does it write into one of its arguments?
     opaque:bool=False # Is it a module that could not be looked into, and may do anything?
     index:int=0 # Its place in the order of the run
+    literal:bool=False # In a recorded run, may a size in it be a number in the code?
 
     def __post_init__(self): self.inputs = values_in((self.args, self.kwargs))
     @property
@@ -86,6 +89,7 @@ def mapped(
     if isinstance(tree, kind): return f(tree)
     if t is tuple or t is list: return t([mapped(o, kind, f) for o in tree])
     if isinstance(tree, dict): return {k: mapped(v, kind, f) for k,v in tree.items()}
+    if isinstance(tree, PackedSequence): return [mapped(o, kind, f) for o in tree] # it asks its parts for their device
     if t is slice: return slice(*(mapped(o, kind, f) for o in (tree.start, tree.stop, tree.step)))
     return t(*(mapped(o, kind, f) for o in tree)) if isinstance(tree, tuple) and hasattr(tree, '_fields') else tree
 
@@ -341,6 +345,16 @@ def untouched(
             if t._version != version: t.detach().copy_(old)
 
 # %% ../../nbs/02_fold.flow.ipynb #a648a9de
+def plain_device():
+    "A context in which new tensors are on the CPU, whatever device is the default"
+    return torch.device('cpu') if torch.empty(0).device.type != 'cpu' else nullcontext()
+
+def random_state()->tuple:
+    "Where the generators of random numbers stand: Python's, NumPy's, and PyTorch's on the CPU"
+    np = sys.modules.get('numpy')
+    name,keys,*rest = np.random.get_state() if np else (None, b'')
+    return random.getstate(), name, bytes(keys), *rest, torch.get_rng_state().numpy().tobytes()
+
 @contextmanager
 def same_random_state():
     "Put back the random state of PyTorch (every CUDA device too), of Python and of NumPy on leaving"

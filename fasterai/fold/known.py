@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['METADATA', 'MODULES', 'PATTERNED', 'TENSORS', 'plain_batchnorm', 'settings_of', 'known_layer', 'is_number', 'type_of',
-           'types_of', 'name_of', 'operations_in', 'rank_of', 'gives_several', 'giver', 'is_given', 'sizes_of',
-           'chunks_of', 'length_of']
+           'types_of', 'custom_op', 'name_of', 'operations_in', 'rank_of', 'gives_several', 'giver', 'is_given',
+           'sizes_of', 'chunks_of', 'length_of']
 
 # %% ../../nbs/02_fold.known.ipynb #67271e36
 import math,operator,re,sys
 from types import BuiltinFunctionType
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch._ops import OpOverloadPacket
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .layers import LAYERS
@@ -67,14 +69,21 @@ def types_of(node):
     return (int, float, bool, complex, str, torch.Size, torch.dtype, torch.device, torch.layout, type(None)) if (known := type_of(node)) is None else (known,)
 
 # %% ../../nbs/02_fold.known.ipynb #06eccf07
+def custom_op(f):
+    "The operation that `f` is, if it is one of a library of its own (`torch.ops.library.name`), which may be called as one of PyTorch's is"
+    packet = getattr(f, 'overloadpacket', f)
+    return packet if isinstance(packet, OpOverloadPacket) and packet._qualified_op_name.partition('::')[0] not in ('aten', 'prim', 'prims') else None
+
 def name_of(node):
     "The name of what was called"
-    return getattr(node.target, '__name__', node.target)
+    custom = custom_op(node.target)
+    return custom._qualified_op_name if custom else getattr(node.target, '__name__', node.target)
 
-MODULES = {'math', 'torch', 'einops'} # whose functions these are
+MODULES = {'math', 'torch', 'torch.nn.functional', 'einops'} # whose functions these are
 PATTERNED = {'rearrange', 'reduce', 'repeat', 'einsum'}
-TENSORS = {'zeros', 'ones', 'empty', 'rand', 'randn', 'tensor', 'as_tensor', *PATTERNED} # which give tensors
-_single = {n: f for n,f in vars(math).items() if isinstance(f, BuiltinFunctionType)} | {n: getattr(torch, n) for n in (*TENSORS - PATTERNED, 'finfo', 'iinfo')}
+_makers,_pools = {'zeros', 'ones', 'empty', 'rand', 'randn', 'tensor', 'as_tensor'}, {'avg_pool1d', 'avg_pool2d', 'avg_pool3d'}
+TENSORS = _makers | _pools | PATTERNED # which give tensors
+_single = {n: f for n,f in vars(math).items() if isinstance(f, BuiltinFunctionType)} | {n: getattr(torch, n) for n in (*_makers, 'finfo', 'iinfo')} | {n: getattr(F, n) for n in _pools}
 
 def operations_in(
     space:dict, # A module's names

@@ -94,7 +94,10 @@ class Plan:
     def heirs(self):
         "By the name of a BatchNorm, that of its child that takes its place"
         return {r.name: r.heir for r in self if r.folded and r.heir}
-    def __getitem__(self, name): return next(r for r in self.rows if r.name == name)
+    def __getitem__(self, name):
+        for r in self.rows:
+            if r.name == name: return r
+        raise KeyError(f'no BatchNorm called {name!r}: {", ".join(r.name for r in self.rows)}')
 
 # %% ../../nbs/06_fold.plan.ipynb #bf66fe3f
 @patch

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .carry import SAME
+from .known import custom_op
 from .flow import Entry, Flow, Value, mapped, read_written_out, same_random_state, untouched, values_in, young_garbage
 
 # %% ../../nbs/04_fold.record.ipynb #87d216db
@@ -84,7 +85,8 @@ class _Recorder(TorchDispatchMode):
 
     def note(self, func, args, kwargs):
         "Do an operation, and write it down"
-        op = func.overloadpacket.__name__
+        custom = custom_op(func)
+        op = custom._qualified_op_name if custom else func.overloadpacket.__name__
         if op.removesuffix('_') not in self.known:
             done = len(self.flow.calls)
             with self: out = func.decompose(*args, **kwargs)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
-from .code import KINDS_ASKED, MAX_WAYS, asked_by, asked_for_none, is_message, question, was_raised
-from .flow import ATOMS, naming, same_random_state, untouched, values_in, young_garbage
+from .code import KINDS_ASKED, MAX_WAYS, STATES, asked_by, asked_for_none, asked_inside, is_message, question, was_raised
+from .flow import ATOMS, naming, random_state, same_random_state, untouched, values_in, young_garbage
 from .known import METADATA, MODULES, PATTERNED, TENSORS, gives_several, giver, is_given, is_number, known_layer, length_of, operations_in, plain_batchnorm, rank_of, settings_of, type_of, types_of
 
 # %% ../../nbs/03_fold.standin.ipynb #99f3860c
@@ -47,7 +47,9 @@ class _Node:
         for n in self.inputs: n.users[self] = None
     def __repr__(self): return self.name
 
-_printers = {'torch', 'fasterai', 'logging', 'warnings'}
+_not_foreign = {'torch', 'fasterai'}
+_printers = {*_not_foreign, 'logging', 'warnings'}
+def _package(frame): return frame.f_globals.get('__name__', '').split('.')[0]
 
 class _Number(fx.Proxy):
     "Stands for a size, a dtype or what is computed from them"
@@ -66,7 +68,7 @@ class _Number(fx.Proxy):
     def __format__(self, spec): return self._text(sys._getframe(1))
     def _text(self, frame):
         if type_of(self.node) is torch.device: return str(next((t.device for t in self.tracer.params), 'cpu')) # where the model is, its input is
-        if frame.f_globals.get('__name__', '').split('.')[0] not in _printers and not is_message(frame): self._no()
+        if _package(frame) not in _printers and not is_message(frame): self._no()
         return 'a value'
 
     def _math(f): return lambda self, *args: self.tracer.create_proxy('call_function', f, (self, *args), {})
@@ -109,7 +111,7 @@ def _isinstance(o, kind, isinstance=isinstance):
     if issubclass(type(o), _Held): return isinstance(o.held, kind)
     if not issubclass(type(o), _Number): o = o.tracer.proxy(o.node) # an attribute of one
     frame = sys._getframe(1)
-    foreign = frame.f_globals.get('__name__', '').split('.')[0] not in ('torch', 'fasterai') or frame.f_code is torch.is_tensor.__code__
+    foreign = _package(frame) not in _not_foreign or frame.f_code is torch.is_tensor.__code__
     if not issubclass(type(o), _Value): return foreign and any([issubclass(t, kind) for t in types_of(o.node)]) and (type_of(o.node) is not None or o._no())
     if foreign and is_given(o.node): raise Opaque(o.tracer.here(), 'it asks what kind of input it is given')
     if foreign and not issubclass(Tensor, kind) and gives_several(o.node): return o.tracer.to_bool(o) # it may be: both ways are gone
@@ -163,9 +165,9 @@ _max_choices = 12
 
 class _Tracer(fx.proxy.TracerBase):
     "Goes through a part of a model and all that it calls, but for the `opaque` modules"
-    def __init__(self, names, params, opaque):
+    def __init__(self, names, params, opaque, random):
         self.names,self.params,self.opaque,self.nodes,self.autocast = names,params,opaque,[],torch._C._is_any_autocast_enabled()
-        self.thread,self.stack,self.frames,self.calls,self.read,self.proxies,self.branched,self.patched,self.tries,self.made,self.decided = threading.get_ident(),[],[],[],set(),{},set(),[],0,[],[]
+        self.random,self.thread,self.stack,self.frames,self.calls,self.read,self.proxies,self.branched,self.patched,self.tries,self.made,self.decided = random,threading.get_ident(),[],[],[],set(),{},set(),[],0,[],[]
 
     def call_module(self, m, args, kwargs):
         if m not in self.names: raise Opaque(self.here(), f'it calls a {type(m).__name__} that is no part of the model', choice=False)
@@ -192,7 +194,7 @@ class _Tracer(fx.proxy.TracerBase):
 
     def ways(self, m, args, kwargs):
         "Every way through `m`"
-        why = 'it has a `forward` of its own' if 'forward' in vars(m) else question(type(m)) or next(filter(None, (asked_by(v) for v in vars(m).values() if type(v) not in ATOMS and not isinstance(v, (dict, set)))), '')
+        why = 'it has a `forward` of its own' if 'forward' in vars(m) else question(type(m)) or asked_inside(type(m), frozenset(map(type, m.modules()))) or next(filter(None, (asked_by(v) for v in vars(m).values() if type(v) not in ATOMS and not isinstance(v, (dict, set)))), '')
         if why: raise Opaque(m, why, choice=why not in KINDS_ASKED)
         params,_ = asked_for_none(type(m))
         if params and len(self.stack) > 1 and any(map(giver, _nodes([args, kwargs]))): raise Opaque(m, 'it asks what kind of input it is given')
@@ -209,6 +211,7 @@ class _Tracer(fx.proxy.TracerBase):
             while choices and not choices[-1]: choices.pop()
             if not choices: break
             choices[-1] = False
+        if self.random and random_state() != self.random: raise Opaque(m, 'it draws random numbers')
         if len(outs) > 1: self.branched.add(self.names[m])
         return self.merge(m, outs)
 
@@ -237,6 +240,10 @@ class _Tracer(fx.proxy.TracerBase):
 
     def to_bool(self, obj):
         self.decided.append(obj.node)
+        return self.choose()
+
+    def choose(self):
+        "True, and in another way False"
         choices,taken = frame = self.frames[-1]
         if taken == len(choices): choices.append(True)
         if len(choices) > _max_choices: raise Opaque(self.here(), 'it loops on what it computes')
@@ -291,6 +298,14 @@ class _Tracer(fx.proxy.TracerBase):
         self.nodes.append(node)
         return node
 
+    def state(self, f):
+        "`f`, which tells how a run is run; the model's author hears both answers"
+        def asked(*args, **kwargs):
+            if threading.get_ident() != self.thread or not self.frames or _package(sys._getframe(1)) in _not_foreign: return f(*args, **kwargs)
+            return self.choose()
+        asked.stands_for = f
+        return asked
+
     @contextmanager
     def watching(self):
         "Divert this thread's module calls and parameter reads; other threads pass through"
@@ -302,6 +317,7 @@ class _Tracer(fx.proxy.TracerBase):
             return self.stand_in(value) if issubclass(type(value), Tensor) and mine() else value
         nn.Module.__call__,nn.Module.__getattr__,builtins.isinstance = __call__,__getattr__,_isinstance
         for name in MODULES & sys.modules.keys(): self.put(vars(sys.modules[name]))
+        for space,asks in ((vars(sys.modules[n]), asks) for n,asks in STATES.items() if n in sys.modules): self.put(space, {n: self.state(space[n]) for n in asks if n in space})
         try: yield
         finally:
             nn.Module.__call__,nn.Module.__getattr__,builtins.isinstance = call,get,is_
@@ -334,9 +350,9 @@ def _given(tracer, variant):
     return [value(p, way) for p,way in variant if p.kind is not p.KEYWORD_ONLY], {p.name: value(p, way) for p,way in variant if p.kind is p.KEYWORD_ONLY}
 
 @_none_swallowed()
-def trace_ways(m, names, params, opaque, variant):
-    "All ways through `m`, called like this: the tracer, whose nodes end in an output"
-    tracer = _Tracer(names, params, opaque)
+def trace_ways(m, names, params, opaque, variant, random=None):
+    "All ways through `m`, called like this: the tracer, whose nodes end in an output. If random numbers were drawn, once more, to see by whom: `random` is the state in which that begins"
+    tracer,state = _Tracer(names, params, opaque, random), random_state()
     reads = _Reads(tracer)
     tracer.stack.append(names[m])
     with ExitStack() as ctx:
@@ -344,7 +360,10 @@ def trace_ways(m, names, params, opaque, variant):
         ctx.callback(reads.restore)
         ctx.enter_context(tracer.watching())
         with reads: out = (tracer.leaf if known_layer(m) else tracer.ways)(m, *_given(tracer, variant))
+        drawn = random_state() != state
         tracer.kept = tracer.still_held(out) # while `out` is there: it may be of a kind that we can't look into
+    if drawn and random: raise Opaque(m, 'it draws random numbers')
+    if drawn: return trace_ways(m, names, params, opaque, variant, state)
     for layer,settings in (n.settings for n in tracer.nodes if n.op == 'call_module'):
         if settings != settings_of(layer): raise Opaque(m, f'it changes the settings of {naming(names[layer])}')
     tracer.create_node('output', 'output', (_given_out(out),), {})

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..fold.apply import Unfit, apart, copied, fold_inplace, folded_copy, new_weights
 from ..fold.bake import bake
 from ..fold.carry import CARRIERS
-from ..fold.flow import altered, hook_name, naming, same_random_state
+from ..fold.flow import altered, hook_name, naming, plain_device, same_random_state
 from ..fold.layers import LAYERS, NORMS
 from ..fold.linear import PARALLEL, SERIES, plan_linear
 from ..fold.merge import merge, unasked
@@ -25,7 +25,7 @@ from ..fold.plan import NEIGHBOURS, THROUGH, Plan, plan_folds
 from ..fold.record import record_flow
 from ..fold.report import Report
 from ..fold.scale import read_norms, read_parameters, read_scales
-from ..fold.trace import same_outline, trace_flow
+from ..fold.trace import note_sizes, same_outline, trace_flow
 from ..fold.verify import Difference, cloned, compare, count_parameters, difference, first_difference, run, tensors_in, to_double, tolerance, tolerance_for
 
 # %% ../../nbs/10_misc.bn_folding.ipynb #dc2a18b2
@@ -99,6 +99,7 @@ class BN_Folder:
         series:bool=False, # Then merge two linear layers in series into one, where that is less work
     ): self.bake,self.through_relu,self.reparameterize,self.scales,self.series = bake,through_relu,reparameterize,scales,series
 
+    @torch.inference_mode(False) # what is made in it can't be trained, nor loaded into
     def plan(self,
         model:nn.Module, # Or a fastai `Learner`; in eval mode
         *xs, # An example, as `model` takes it
@@ -110,6 +111,7 @@ class BN_Folder:
         plan,notes = self._in_steps(core, xs, kwargs)[1::2] if self._steps else (self._of(core, xs, kwargs).plan(), ())
         return Report(plan, count_parameters(model), notes=tuple(notes))
 
+    @torch.inference_mode(False)
     def fold(self,
         model:nn.Module, # Or a fastai `Learner`; in eval mode. It is not changed, unless `inplace`
         *xs, # An example, as `model` takes it. Without one, only what holds for every input is folded
@@ -185,7 +187,8 @@ def _on_example(f, model, example, *more):
     try: return f(model, *cloned(example), *more)
     except Exception as e:
         shapes = [f'{[*t.shape]} {t.dtype} on {t.device}' for t in tensors_in(example)]
-        raise ValueError(f"the model does not run on this example ({', '.join(shapes)}): {type(e).__name__}: {e}") from e
+        how = ', which is run without gradients' if 'grad' in str(e) else ''
+        raise ValueError(f"the model does not run on this example ({', '.join(shapes)}){how}: {type(e).__name__}: {e}") from e
 
 _unsteady = {'sort', 'argsort', 'topk', 'nms', 'argmax', 'argmin', 'nonzero', 'unique', '_unique2'}
 
@@ -202,6 +205,7 @@ class _Fold:
         self.model,self.example,self.keep,self.planned,self.undo,self.heirs = model,(xs, kwargs) if xs or kwargs else None,{},planned,lambda: None,True
         self.recorded,self.out = _on_example(record_flow, model, self.example, _known) if self.example else (None, None)
         self.traced = trace_flow(model) # now: what hooks keep of a run is the same when the code is traced again
+        if self.recorded: note_sizes(self.recorded, self.traced)
         without = {}
         for flow in filter(None, (self.traced, self.recorded) if scales else ()):
             read_norms(flow)
@@ -209,14 +213,15 @@ class _Fold:
             read_parameters(flow, without)
 
     def plan(self):
-        plan = self.planned(self.recorded or self.traced, self.traced if self.recorded else None, self.keep)
+        with plain_device(): plan = self.planned(self.recorded or self.traced, self.traced if self.recorded else None, self.keep)
         return plan if self.heirs else Plan(tuple(altered(r, heir='') for r in plan))
 
     def weights(self):
         "A plan, and all the new weights that it needs"
         while True:
             plan = self.plan()
-            try: return plan, new_weights(self.model, plan)
+            try:
+                with plain_device(): return plan, new_weights(self.model, plan)
             except Unfit as e:
                 why = f"the weight of {naming(e.layer)} would not fit its dtype any more"
                 self.keep |= {r.name: why for r in plan if e.layer in {r.name, *(a.layer for a in r.absorbs)}}

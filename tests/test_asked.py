@@ -1,0 +1,226 @@
+"What a `forward` may go by besides its input: chance, how it is run, who calls it, and at what size."
+import random, threading
+
+import numpy as np, pytest, torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.functional import avg_pool2d
+
+from fasterai.fold.verify import difference, run
+from fasterai.misc.bn_folding import BN_Folder
+from helpers import fold, net, randomise
+from test_ways import bn, conv, folded, odd, pair, x
+
+
+def seeded(seed):
+    for seed_it in (random.seed, np.random.seed, torch.manual_seed): seed_it(seed)
+generator, ours = np.random.default_rng(0), random.Random(0)
+by_chance = dict(
+    numpy=lambda m, x: m.bn(m.conv(x)) if np.random.rand() < .5 else m.conv(x),
+    python=lambda m, x: m.bn(m.conv(x)) if random.random() < .5 else m.conv(x),
+    a_list=lambda m, x: m.bn(m.conv(x)) if random.choice([True, False]) else m.conv(x),
+    torch=lambda m, x: m.bn(m.conv(x)) if torch.rand(1).item() < .5 else m.conv(x),
+    filled=lambda m, x: m.bn(m.conv(x)) if float(torch.empty(1).uniform_()) < .5 else m.conv(x),
+    a_generator=lambda m, x: m.bn(m.conv(x)) if generator.random() < .5 else m.conv(x),
+    another=lambda m, x: m.bn(m.conv(x)) if ours.random() < .5 else m.conv(x),
+    its_own=lambda m, x: m.bn(m.conv(x)) if m.generator.random() < .5 else m.conv(x))
+
+
+@pytest.mark.parametrize('name', by_chance)
+def test_chance_that_chooses(name):
+    for example in ((), (x,)):
+        model = pair(by_chance[name])
+        model.generator = random.Random(0)
+        report = BN_Folder().plan(model, *example)
+        assert not report.folded and (example or 'draws random numbers' in report['bn'].why)
+
+
+def test_chance_in_a_child_is_its_own():
+    "and what runs in training alone is nobody's"
+    def dropped(m, x): return x*2 if m.training and random.random() < .5 else x
+    def chosen(m, x): return x if random.random() < .5 else -x
+    model = net(lambda m, x: m.choose(m.drop(m.bn(m.conv(x)))), conv=conv(), bn=bn(), drop=net(dropped), choose=net(chosen))
+    report = folded(model, (), [])
+    assert report.folded == 1
+    seeded(0)
+    want = model(x)
+    seeded(0)
+    assert difference(want, BN_Folder().fold(model)(x)).relative < 1e-12
+
+
+def by_the_mode(x): return x.relu() if torch.is_grad_enabled() else x
+def alone(x): return x.relu() if torch.is_inference_mode_enabled() else x
+def in_autocast(x): return x.relu() if torch.is_autocast_enabled() else x
+def traced(x): return x.relu() if torch.jit.is_tracing() else x
+def compiled(x): return x.relu() if torch.compiler.is_compiling() else x
+def exported(x): return x.relu() if torch.onnx.is_in_onnx_export() else x
+
+
+@pytest.mark.parametrize('asks', [by_the_mode, alone, in_autocast, traced, compiled, exported])
+def test_both_answers_of_how_it_is_run_are_heard(asks):
+    for example in ((), (x,)):
+        assert not folded(net(lambda m, x: m.bn(asks(m.conv(x))), conv=conv(), bn=bn()), example, [(x,)]).folded # a ReLU between, in one of them
+        assert folded(net(lambda m, x: asks(m.bn(m.conv(x))), conv=conv(), bn=bn()), example, [(x,)]).folded == 1 # behind, whatever the answer
+
+
+def test_the_modes_themselves():
+    model = net(lambda m, x: m.bn(by_the_mode(m.conv(x))), conv=conv(), bn=bn())
+    with torch.enable_grad(): want = model(x)
+    new = BN_Folder().fold(model, x)
+    with torch.enable_grad(): assert difference(want, new(x)).relative < 1e-12
+    answers = []
+    def waits(m, x):
+        other = threading.Thread(target=lambda: answers.append(torch.is_grad_enabled()))
+        other.start()
+        other.join()
+        return m.bn(m.conv(x))
+    before = torch.is_grad_enabled
+    assert folded(pair(waits), (), []).folded == 1
+    assert answers and all(answers) and torch.is_grad_enabled is before # another thread hears the truth
+
+
+class Swallows:
+    def __enter__(self): return self
+    def __exit__(self, *error): return error[0] is ValueError
+class Passes(Swallows):
+    def __exit__(self, *error): self.seen = error
+swallows = Swallows()
+def of_its_own(m, x):
+    y = m.conv(x)
+    with Swallows(): y = m.bn(y)
+    return y
+def of_a_global(m, x):
+    y = m.conv(x)
+    with swallows: y = m.bn(y)
+    return y
+def of_an_attribute(m, x):
+    y = m.conv(x)
+    with m.guard: y = m.bn(y)
+    return y
+
+
+@pytest.mark.parametrize('forward', [of_its_own, of_a_global, of_an_attribute])
+def test_a_context_that_swallows_what_a_batchnorm_raises(forward):
+    single = x[0] # a convolution takes it, a BatchNorm2d does not
+    for example in ((), (x,)):
+        model = pair(forward)
+        model.guard = Swallows()
+        assert not folded(model, example, [(x,), (single,)]).folded
+    def passing(m, x):
+        with Passes(): return m.bn(m.conv(x))
+    assert folded(pair(passing), (), [(x,)]).folded == 1
+
+
+class Helped(nn.Module):
+    "A child whose other methods are called"
+    def __init__(self): super().__init__(); self.conv, self.bn = conv(), bn()
+    def run(self, x): return self.bn(self.conv(x)) if x is not None and type(x) is torch.Tensor else x
+    def __call__(self, x):
+        try: return super().__call__(x)
+        except ValueError: return self.conv(x)
+    def forward(self, x): return self.bn(self.conv(x))
+
+
+def test_what_other_methods_of_a_child_ask():
+    for forward in (lambda m, x: m.child.run(x), lambda m, x: m.child(x), lambda m, x: m.children_[0].run(x)):
+        model = net(forward, child=Helped(), children_=nn.ModuleList([Helped()]))
+        assert not folded(model, (), [(x,), (x[0],)] if forward.__code__.co_names[-1] == 'child' else [(x,)]).folded
+
+
+def test_a_root_that_is_called_in_a_way_of_its_own():
+    class Encoder(nn.Module):
+        def __init__(self): super().__init__(); self.layers = nn.Sequential(conv(), bn())
+        def encode(self, x): return self.layers(x)
+        def features(self, x): return self.layers[0](x)
+    class Plus(nn.Module):
+        def __init__(self): super().__init__(); self.conv, self.bn = conv(), bn()
+        def __call__(self, x): return super().__call__(x) + self.conv(x)
+        def forward(self, x): return self.bn(self.conv(x))
+    model = randomise(Encoder())
+    new, want = BN_Folder().fold(model), model.features(x)
+    assert difference(want, new.features(x)).relative < 1e-12
+    for example in ((), (x,)): assert not folded(randomise(Plus()), example, [(x,)]).folded
+    models = randomise(nn.ModuleDict(dict(encoder=nn.Sequential(conv(), bn()), head=nn.Sequential(conv(), bn())))) # each is called by itself
+    assert BN_Folder().plan(models).folded == 2
+
+
+lib = torch.library.Library('fasterai_tests', 'DEF')
+lib.define('conv2d(Tensor x, Tensor w, Tensor b) -> Tensor')
+lib.impl('conv2d', lambda x, w, b: F.relu(F.conv2d(x, w, b)), 'CompositeExplicitAutograd')
+lib.define('double(Tensor(a!) x) -> ()')
+lib.impl('double', lambda x: (x.mul_(2), None)[1], 'CompositeExplicitAutograd')
+ops = torch.ops.fasterai_tests
+
+
+def test_operations_of_other_libraries():
+    def relus(m, x): return m.bn(ops.conv2d(x, m.conv.weight, m.conv.bias))
+    def doubles(m, x):
+        z = x*1
+        y = m.bn(z)
+        ops.double(z)
+        return m.conv(y)
+    for forward in (relus, doubles):
+        for example in ((), (x,)): assert not folded(net(forward, conv=nn.Conv2d(4, 4, 1), bn=bn()), example, [(x,)]).folded
+
+
+def reads(view): return net(lambda m, x: m.fc(view(m.bn(m.conv(x).relu()))), conv=conv(), bn=bn(), fc=nn.Linear(4, 5))
+sizes = dict(
+    rows=(lambda y: F.avg_pool2d(y, 8).view(-1, 4), False),
+    reshaped=(lambda y: F.avg_pool2d(y, 8).reshape(-1, 4), False),
+    split=(lambda y: y.view(-1, 4, 64).mean(2), False),
+    one_place=(lambda y: F.adaptive_avg_pool2d(y, 1).view(-1, 4), True),
+    averages=(lambda y: y.mean((2, 3)).view(-1, 4), True),
+    first_places=(lambda y: F.avg_pool2d(y, 4).view(y.shape[0], -1)[:, :4], False),
+    first_images=(lambda y: y.mean((2, 3)).view(y.shape[0], -1)[:, :4], True),
+    its_own=(lambda y: y.view(-1, y.shape[1], y.shape[2]*y.shape[3]).mean(2), True))
+
+
+@pytest.mark.parametrize('name', sizes)
+def test_a_view_with_room_for_more(name):
+    "at another size it may mix channels and places, or the images of a batch"
+    view, folds = sizes[name]
+    larger = torch.randn(2, 4, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    report = folded(reads(view), (x,), [(x,), (larger,)])
+    assert report.folded == folds and (folds or 'room for more' in report['bn'].why or 'another size' in report['bn'].why)
+
+
+def test_a_pool_as_large_as_what_it_is_given():
+    "for which PyTorch asks a stand-in for numbers"
+    for forward in (lambda m, x: F.avg_pool2d(y := m.bn(m.conv(x)), y.shape[2:]), lambda m, x: avg_pool2d(y := m.bn(m.conv(x)), kernel_size=y.size()[2:])):
+        assert folded(pair(forward), (), [(x,), (odd,)]).folded == 1
+
+
+def test_folded_where_nothing_is_to_be_trained():
+    "What is made in inference mode could not be trained, nor loaded into"
+    for inplace in (False, True):
+        model = pair(lambda m, x: m.bn(m.conv(x)))
+        want = model(x)
+        with torch.inference_mode(): new = BN_Folder().fold(model, x, inplace=inplace)
+        assert difference(want, new(x)).relative < 1e-12 and new(x).requires_grad
+        new.load_state_dict(new.state_dict())
+
+
+def test_folded_where_another_device_is_the_default():
+    for example in ((), (x,)):
+        model = pair(lambda m, x: m.bn(m.conv(x)))
+        with torch.device('meta'): new = BN_Folder().fold(model, *example)
+        assert difference(model(x), new(x)).relative < 1e-12
+
+
+def test_what_cannot_be_copied_is_named():
+    model = pair(lambda m, x: m.bn(m.conv(x)))
+    want, model.lock = model(x), threading.Lock()
+    with pytest.raises(TypeError, match='the `lock` of a Net .*`inplace=True`'): BN_Folder().fold(model)
+    assert difference(want, BN_Folder().fold(model, inplace=True)(x)).relative < 1e-12
+
+
+def test_a_packed_sequence():
+    def forward(m, x, lengths):
+        packed = nn.utils.rnn.pack_padded_sequence(m.bn(m.conv(x)).transpose(1, 2), lengths, batch_first=True, enforce_sorted=False)
+        return m.rnn(packed)[0].data
+    model = net(forward, conv=nn.Conv1d(4, 4, 1), bn=nn.BatchNorm1d(4), rnn=nn.LSTM(4, 4, batch_first=True))
+    folded(model, (x[:, :, 0], torch.tensor([8, 5])), [(x[:, :, 0], torch.tensor([8, 5]))])
+
+
+def test_a_row_that_is_not_there():
+    with pytest.raises(KeyError, match="no BatchNorm called 'bn1': bn"): BN_Folder().plan(pair(lambda m, x: m.bn(m.conv(x))))['bn1']
