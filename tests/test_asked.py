@@ -3,7 +3,7 @@ import random, threading
 
 import numpy as np, pytest, torch
 import torch.nn.functional as F
-from torch import nn
+from torch import is_grad_enabled as trained, nn
 from torch.nn.functional import avg_pool2d
 
 from fasterai.fold.verify import difference, run
@@ -51,12 +51,13 @@ def test_chance_in_a_child_is_its_own():
 def by_the_mode(x): return x.relu() if torch.is_grad_enabled() else x
 def alone(x): return x.relu() if torch.is_inference_mode_enabled() else x
 def in_autocast(x): return x.relu() if torch.is_autocast_enabled() else x
+def by_name(x): return x.relu() if trained() else x
 def traced(x): return x.relu() if torch.jit.is_tracing() else x
 def compiled(x): return x.relu() if torch.compiler.is_compiling() else x
 def exported(x): return x.relu() if torch.onnx.is_in_onnx_export() else x
 
 
-@pytest.mark.parametrize('asks', [by_the_mode, alone, in_autocast, traced, compiled, exported])
+@pytest.mark.parametrize('asks', [by_the_mode, by_name, alone, in_autocast, traced, compiled, exported])
 def test_both_answers_of_how_it_is_run_are_heard(asks):
     for example in ((), (x,)):
         assert not folded(net(lambda m, x: m.bn(asks(m.conv(x))), conv=conv(), bn=bn()), example, [(x,)]).folded # a ReLU between, in one of them
@@ -76,7 +77,17 @@ def test_the_modes_themselves():
         return m.bn(m.conv(x))
     before = torch.is_grad_enabled
     assert folded(pair(waits), (), []).folded == 1
-    assert answers and all(answers) and torch.is_grad_enabled is before # another thread hears the truth
+    assert answers and all(answers) and torch.is_grad_enabled is before is trained # another thread hears the truth
+
+
+def test_where_nothing_can_answer_both_ways():
+    def by_default(m, x, on=trained): return m.bn(m.conv(x).relu() if on() else m.conv(x))
+    in_a_closure = lambda on: lambda m, x: m.bn(m.conv(x).relu() if on() else m.conv(x))
+    for forward in (in_a_closure(trained), lambda m, x: m.bn(m.conv(x).relu() if m.on() else m.conv(x)), lambda m, x: by_default(m, x)):
+        model = pair(forward)
+        model.on = trained
+        report = BN_Folder().plan(model)
+        assert report['bn'].why.endswith('it asks `is_grad_enabled`')
 
 
 class Swallows:

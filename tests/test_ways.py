@@ -284,5 +284,24 @@ class Library(nn.Module):
     def forward(self, x, all_of_them=None, **kw): return self.encoder(x, all_of_them=all_of_them if all_of_them is not None else False)
 
 
+class Padded(nn.Module):
+    "A convolution that pads what it is given, as its size asks for, and its BatchNorm"
+    def __init__(self): super().__init__(); self.conv, self.bn = conv(padding=0, stride=2), bn()
+    def forward(self, x):
+        pads = [max(3 - 2, 0) if n % 2 == 0 else max(3 - n % 2, 0) for n in (x.shape[3], x.shape[2])]
+        x = F.pad(x, (pads[0]//2, pads[0] - pads[0]//2, pads[1]//2, pads[1] - pads[1]//2))
+        return self.bn(self.conv(x))
+
+
+def test_a_child_that_was_followed_in_a_parent_that_was_not():
+    class Any(nn.Module):
+        def __init__(self): super().__init__(); self.stem = Padded()
+        def forward(self, x, **kw): return self.stem(x).relu()
+    class Reaches(Any):
+        def forward(self, x, **kw): return self.stem(x) if x.mean() < 0 else self.stem.conv(x)
+    assert folded(randomise(Any()), (x,), [(x,), (odd,)]).folded == 1
+    assert not folded(randomise(Reaches()), (x,), [(x,), (-x,), (odd,)]).folded
+
+
 def test_what_a_parent_chooses_is_not_what_its_children_do():
     assert folded(randomise(Library().eval()).double(), (x,), [(x,), (odd,), (x, True)]).folded == 2

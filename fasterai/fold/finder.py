@@ -49,7 +49,7 @@ class Finder:
         def inside(n, at): # is `n` in its place below `at`, and does `at` call what it is in and no more?
             return under(n, at) and not any(reaches[at](p[len(at):].removeprefix('.')) for p in places[flow.modules[n]] if under(p, at) and p != at)
         self.unknown = {n: at for n,at in (symbolic or flow).unknown.items() if symbolic is None or not inside(n, at)}
-        self.unfollowed = (symbolic or flow).unknown # the same, wherever that is
+        self.unfollowed,self.failed = (symbolic or flow).unknown,(symbolic or flow).failed # the same, wherever that is; and why
         memory = {}
         for name,m in self.model.named_modules():
             for attr,p in m._parameters.items(): # two parameters in one memory have both of their owners
@@ -249,7 +249,7 @@ def plain(self:Finder, name, call, gains=False):
 def known(self:Finder, name):
     "Everything that may call the module `name` has been followed"
     at = self.unknown.get(name)
-    if at is not None: raise Unknown(f"{naming(at)} may use {naming(name)} as well, and can't be followed without an example")
+    if at is not None: raise Unknown(f"{naming(at)} may use {naming(name)} as well, and can't be followed: {self.failed.get(at, 'a hook is given it')}")
 
 # %% ../../nbs/05_fold.finder.ipynb #6d213448
 CLAMPS = {nn.ReLU: lambda m: (0., inf), nn.ReLU6: lambda m: (0., 6.), nn.Hardtanh: lambda m: (m.min_val, m.max_val)} # an activation's bounds

@@ -170,6 +170,14 @@ def judge(self:Finder, name, calls, sides, confirm=None):
     except Stop as e: return Row(name, why=str(e))
 
 @patch
+def judged(self:Finder, keep, sides, confirm=None):
+    "The `Row` of each BatchNorm that is called, by its name"
+    calls = {}
+    for c in self.flow.calls:
+        if name := self.bn_of(c): calls.setdefault(name, []).append(c)
+    return {name: Row(name, why=keep[name]) if name in keep else self.judge(name, cs, sides, confirm) for name,cs in calls.items()}
+
+@patch
 def ahead(self:Finder, row, calls):
     "`row` with the absorbers before the BatchNorm, and the calls on the way"
     absorbs,ways = self.absorbers(calls, False)
@@ -275,13 +283,11 @@ def plan_folds(
     sides:dict=NEIGHBOURS, # Where absorbers are looked for: `NEIGHBOURS` or `THROUGH`
 )->Plan: # Depends on the model's structure, not on its values
     "What becomes of every BatchNorm of `flow`'s model"
-    finder,calls,rows = Finder(flow, symbolic),{},{}
-    for c in flow.calls:
-        if name := finder.bn_of(c): calls.setdefault(name, []).append(c)
-    traced = {r.name: r for r in plan_folds(symbolic, keep=keep, sides=sides)} if symbolic else {}
-    confirm = in_all_ways(flow, symbolic, traced) if symbolic else None
-    for name,cs in calls.items():
-        rows[name] = Row(name, why=keep[name]) if name in (keep or {}) else finder.judge(name, cs, sides, confirm)
+    keep,traced,confirm = keep or {},{},None
+    if symbolic:
+        traced = {r.name: r for r in plan_folds(symbolic, keep=keep, sides=sides)}
+        confirm = in_all_ways(flow, symbolic, Finder(symbolic, symbolic).judged(keep, sides) if symbolic.unknown else traced)
+    rows = Finder(flow, symbolic).judged(keep, sides, confirm)
     for name in dict.fromkeys([*(n for n,m in flow.model.named_modules() if isinstance(m, _BatchNorm) or n in traced), *traced]):
         if name in rows: continue
         rows[name] = _uncalled(flow, name, traced.get(name)) if symbolic else Row(name, why=_untraced(flow, name))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
-from .code import KINDS_ASKED, MAX_WAYS, STATES, asked_by, asked_for_none, asked_inside, is_message, question, was_raised
+from .code import KINDS_ASKED, MAX_WAYS, STATES, STATES_NAMED, asked_by, asked_for_none, asked_inside, is_message, is_state, question, was_raised
 from .flow import ATOMS, naming, random_state, same_random_state, untouched, values_in, young_garbage
 from .known import METADATA, MODULES, PATTERNED, TENSORS, gives_several, giver, is_given, is_number, known_layer, length_of, operations_in, plain_batchnorm, rank_of, settings_of, type_of, types_of
 
@@ -220,6 +220,8 @@ class _Tracer(fx.proxy.TracerBase):
         space = forward.__globals__
         functions = dict(len=_len, int=_operation(int), float=_operation(float)) | (dict(type=_type) if 'type' in forward.__code__.co_names else {})
         self.put(space, {n: f for n,f in functions.items() if n not in space})
+        for space,n in STATES_NAMED:
+            if is_state(space.get(n)): self.put(space, {n: self.state(space[n])})
 
     def put(self, space, functions={}):
         "Put `functions` into a namespace, and what stands for those that are one operation each, for as long as the trace lasts"
