@@ -493,6 +493,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'fasterai/fold/standin.py'),
                                        'fasterai.fold.standin._Value.__setitem__': ( 'fold.standin.html#_value.__setitem__',
                                                                                      'fasterai/fold/standin.py'),
+                                       'fasterai.fold.standin._asked_again': ('fold.standin.html#_asked_again', 'fasterai/fold/standin.py'),
                                        'fasterai.fold.standin._content': ('fold.standin.html#_content', 'fasterai/fold/standin.py'),
                                        'fasterai.fold.standin._given': ('fold.standin.html#_given', 'fasterai/fold/standin.py'),
                                        'fasterai.fold.standin._given_out': ('fold.standin.html#_given_out', 'fasterai/fold/standin.py'),

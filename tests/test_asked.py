@@ -201,6 +201,12 @@ def test_a_pool_as_large_as_what_it_is_given():
         assert folded(pair(forward), (), [(x,), (odd,)]).folded == 1
 
 
+def test_groups_that_are_computed():
+    def forward(m, x): return m.bn(F.conv2d(x, m.w, m.b, padding=1, groups=x.shape[1]))
+    model = net(forward, bn=bn(), w=nn.Parameter(torch.randn(4, 1, 3, 3)), b=nn.Parameter(torch.randn(4)))
+    assert [folded(model, example, [(x,), (odd,)]).folded for example in ((), (x,))] == [0, 1]
+
+
 def test_folded_where_nothing_is_to_be_trained():
     "What is made in inference mode could not be trained, nor loaded into"
     for inplace in (False, True):

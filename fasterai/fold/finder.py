@@ -154,6 +154,7 @@ def layer(self:Finder, call, label, before, shift):
     try: args = layer_call(call.op, call.args, call.kwargs)
     except TypeError as e: raise Stop(f'{self.what(call)} is called in a way that is not understood ({e})') from e
     name = args.weight.name.rpartition('.')[0] if isinstance(args.weight, Value) and args.weight.name else call.module
+    if type(args.groups) is not int: raise Unknown(f'the number of groups of {naming(name)} is computed')
     weight,bias = self.parameters(call, args.weight, args.bias, name)
     w = self.flow.tensors[weight]
     if w.dtype not in _real or type(w) not in (Tensor, nn.Parameter): raise Stop(f"{naming(name)}'s weight is a {type(w).__name__} of {w.dtype}")

@@ -12,7 +12,6 @@ import math,operator,re,sys
 from types import BuiltinFunctionType
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch._ops import OpOverloadPacket
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -79,11 +78,10 @@ def name_of(node):
     custom = custom_op(node.target)
     return custom._qualified_op_name if custom else getattr(node.target, '__name__', node.target)
 
-MODULES = {'math', 'torch', 'torch.nn.functional', 'einops'} # whose functions these are
+MODULES = {'math', 'torch', 'einops'} # whose functions these are
 PATTERNED = {'rearrange', 'reduce', 'repeat', 'einsum'}
-_makers,_pools = {'zeros', 'ones', 'empty', 'rand', 'randn', 'tensor', 'as_tensor'}, {'avg_pool1d', 'avg_pool2d', 'avg_pool3d'}
-TENSORS = _makers | _pools | PATTERNED # which give tensors
-_single = {n: f for n,f in vars(math).items() if isinstance(f, BuiltinFunctionType)} | {n: getattr(torch, n) for n in (*_makers, 'finfo', 'iinfo')} | {n: getattr(F, n) for n in _pools}
+TENSORS = {'zeros', 'ones', 'empty', 'rand', 'randn', 'tensor', 'as_tensor', *PATTERNED} # which give tensors
+_single = {n: f for n,f in vars(math).items() if isinstance(f, BuiltinFunctionType)} | {n: getattr(torch, n) for n in (*TENSORS - PATTERNED, 'finfo', 'iinfo')}
 
 def operations_in(
     space:dict, # A module's names

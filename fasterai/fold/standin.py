@@ -24,7 +24,13 @@ from .known import METADATA, MODULES, PATTERNED, TENSORS, gives_several, giver, 
 class Opaque(BaseException): # not an Exception: no `try` in a `forward` may swallow it
     "The trace can't go through `module`; `choice`: it chooses its way by what can't be known"
     last = None # which may have been swallowed after all
-    def __init__(self, module, why, choice=True): self.module,self.why,self.choice = module,why,choice; Opaque.last = self
+    def __init__(self, module, why, choice=True, frame=None):
+        self.module,self.why,self.choice,self.at = module,why,choice,frame and (id(frame), frame.f_lasti)
+        Opaque.last = self
+
+def _asked_again(frame):
+    "PyTorch asks an argument for a number first, and then for the function that takes its place"
+    if Opaque.last and Opaque.last.at == (id(frame), frame.f_lasti): Opaque.last = None
 
 @contextmanager
 def _none_swallowed():
@@ -55,11 +61,12 @@ class _Number(fx.Proxy):
     "Stands for a size, a dtype or what is computed from them"
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
+        _asked_again(sys._getframe(1))
         tracer,kwargs = values_in((args, kwargs), fx.Proxy)[0].tracer, kwargs or {}
         if is_tensor_method_or_property(func): return tracer.create_proxy('call_method', func.__name__, args, kwargs)
         return tracer.create_proxy('call_function', func, args, kwargs)
 
-    def _no(self, *args): raise Opaque(self.tracer.here(), 'it needs a number that depends on its input')
+    def _no(self, *args): raise Opaque(self.tracer.here(), 'it needs a number that depends on its input', frame=sys._getframe(1))
     __int__ = __float__ = __index__ = __contains__ = __hash__ = __deepcopy__ = __reduce_ex__ = _no
     def __len__(self): return length_of(self.node) or self._no()
 
@@ -332,6 +339,7 @@ class _Reads(TorchFunctionMode):
     "Notes the parameters that are computed with outside of the traced calls, and undoes what is written"
     def __init__(self, tracer): super().__init__(); self.tracer,self.saved = tracer,{}
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        _asked_again(sys._getframe(1))
         kwargs,name = kwargs or {}, getattr(func, '__name__', '')
         if name == '__get__': name = func.__self__.__name__
         tensors = [t for t in values_in([args, kwargs], Tensor) if not issubclass(type(t), fx.Proxy)]
