@@ -25,7 +25,7 @@ def plain_batchnorm(
     "Is `m` a BatchNorm that computes as PyTorch's own does?"
     return isinstance(m, _BatchNorm) and 'forward' not in vars(m) and _is_pytorchs(type(m)) and type(m).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward) and type(m).__call__ is nn.Module.__call__
 
-def _is_pytorchs(cls): return cls.forward.__globals__['__name__'].startswith('torch.nn.') # and not what someone put in its place
+def _is_pytorchs(cls): return cls.forward.__globals__.get('__name__', '').startswith('torch.nn.') # and not what someone put in its place
 
 def settings_of(m):
     "What a layer does its work with: a trace must leave it as it was"
