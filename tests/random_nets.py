@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fasterai.fold.verify import run
+
 
 class Builder:
     "Writes a network, one random statement at a time; `draw(n)` gives a number below `n`"
@@ -36,7 +38,7 @@ class Builder:
         getattr(self, kind)(v, c, side)
 
     def img(self, v, c, side):
-        what = self.pick(['conv', 'conv', 'conv', 'bn', 'bn', 'bn', 'bn', 'act', 'module', 'pre', 'pool', 'two', 'two', 'part', 'shape', 'move', 'flat', 'keep', 'branches', 'series', 'ask'])
+        what = self.pick(['conv', 'conv', 'conv', 'bn', 'bn', 'bn', 'bn', 'act', 'module', 'pre', 'pool', 'two', 'two', 'part', 'shape', 'move', 'flat', 'keep', 'branches', 'series', 'ask', 'size'])
         if what == 'conv':
             o, k = self.pick([2, 4, 4, 8]), self.pick([1, 1, 3])
             g, pad = 2 if c % 2 == 0 and self.chance(25) else 1, self.draw(2) if k == 3 or self.chance(10) else 0
@@ -76,7 +78,13 @@ class Builder:
             a, b = self.layer('conv', f'nn.Conv2d({c}, 4, {(k := self.pick([1, 3]))}, padding={k//2}, groups={2 if c % 2 == 0 and self.chance(30) else 1})') if side > 2 else None, self.layer('conv', f'nn.Conv2d(4, {o}, 1)')
             if a: self.lines.append(f"{self.name('v')} = F.avg_pool2d(self.{a}({v}), 3, 1, 1, count_include_pad=False)"); self.emit(f'self.{b}(v{self.count})', 'img', o, side)
         elif what == 'ask': self.emit(self.pick(['{v} * {v}.shape[1]', '{v} * ({v}.dim() + {v}.size(1))', '{v} + torch.ones_like({v})', '{v} + {v}']).format(v=v), 'img', c, side)
+        elif what == 'size': self.size(v, c, side)
         elif what == 'keep' and self.chance(30): self.lines.append(f'kept.append({v})')
+
+    def size(self, v, c, side):
+        "What may do something else at another size, or another time"
+        if self.chance(50): self.emit(self.pick(['{v} if {v}.shape[2] < 7 else {v}.tanh()', '{v}[:, :, :{side}, :{side}]', '{v}.relu() if torch.is_grad_enabled() else {v}', 'F.pad({v}, (0, {v}.shape[2]//7))']).format(v=v, side=side), 'img', c, side)
+        else: self.emit(self.pick(['{v}.view(-1, {c}, {n}).mean(2)', 'F.avg_pool2d({v}, {side}).view(-1, {c})', 'F.avg_pool2d({v}, {v}.shape[2:]).flatten(1)', '{v}.view({v}.shape[0], -1)[:, :{c}]', '{v}.flatten(2)[..., :{side}].mean(2)', 'F.adaptive_avg_pool2d({v}, 1).view(-1, {c})']).format(v=v, c=c, side=side, n=side*side), 'vec', c)
 
     def two(self, v, c, side):
         others = [n for n, o in self.vars.items() if o[0] == 'img' and o[2] == side]
@@ -123,6 +131,14 @@ def random_network(draw, steps=14):
     b = Builder(draw)
     for _ in range(3 + draw(steps)): b.step()
     return b.source()
+
+
+def outputs(model, inputs):
+    "What `model` gives for each input, `None` where it fails: it was made for one size, or writes into what overlaps itself"
+    def one(x):
+        try: return run(model, (x.clone(),), {})
+        except RuntimeError: return None
+    return [one(x) for x in inputs]
 
 
 def build(source):

@@ -114,6 +114,6 @@ def test_numerics():
 
 def test_fuzz_and_cost():
     x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
-    seen, source = fuzz.try_one(0, x, x)
+    seen, source = fuzz.try_one(0, [x, x])
     assert not source and seen['crashed'] == seen['wrong'] == 0
     assert cost.interleaved(2, a=lambda: None)['a'] >= 0 and len(cost.chain(2)) == 6
