@@ -9,7 +9,7 @@ from torch.nn.functional import avg_pool2d
 from fasterai.fold.verify import difference, run
 from fasterai.misc.bn_folding import BN_Folder
 from helpers import fold, net, randomise
-from test_ways import bn, conv, folded, odd, pair, x
+from test_ways import bn, conv, folded, odd, pair, same, x
 
 
 def seeded(seed):
@@ -46,6 +46,66 @@ def test_chance_in_a_child_is_its_own():
     want = model(x)
     seeded(0)
     assert difference(want, BN_Folder().fold(model)(x)).relative < 1e-12
+
+
+def recurrent(m, x):
+    y = m.conv(x)
+    out = m.bn(y) if m.state is None else y - m.state
+    m.state = out.detach()
+    return out
+def lazily(m, x):
+    if m.state is None:
+        m.state = True
+        return m.bn(m.conv(x))
+    return m.conv(x)
+def counts(m, x):
+    m.state = (m.state or 0) + 1
+    return m.bn(m.conv(x)) if m.state < 5 else m.conv(x)
+def grows(m, x):
+    m.seen.append(1)
+    return m.bn(m.conv(x)) if len(m.seen) < 5 else m.conv(x)
+calls = 0
+def counts_globally(m, x):
+    global calls
+    calls += 1
+    return m.bn(m.conv(x)) if calls % 2 else m.conv(x)
+def takes_turns(m, x):
+    m.conv, m.other = m.other, m.conv
+    return m.bn(m.conv(x))
+
+
+@pytest.mark.parametrize('forward', [recurrent, lazily, counts, grows, takes_turns])
+def test_what_it_remembers_of_one_call_may_decide_another(forward):
+    for example in ((), (x,)):
+        model, folder = pair(forward, other=conv()), BN_Folder()
+        model.state, model.seen = None, []
+        new = folder.fold(model, *example)
+        assert (model.state, model.seen, new.state, new.seen) == (None, [], None, [])
+        same(model, new, [(x,)]*7) # each remembers
+        assert folder.report.folded == (forward is takes_turns and not example), folder.report # both convolutions can take it in
+
+
+def test_what_it_keeps_outside():
+    assert BN_Folder().plan(pair(counts_globally))['bn'].why.endswith('it keeps what it computed')
+
+
+def test_memory_that_changes_nothing():
+    def keeps(m, x):
+        m.size, m.last = x.shape, (y := m.bn(m.conv(x))).detach()
+        return y.relu()
+    def caches(m, x):
+        y = m.bn(m.conv(x))
+        if m.last is None or m.last.shape != y.shape: m.last = torch.ones_like(y)
+        return y.relu() + m.last
+    def of_its_parent(m, x): return m.bn(m.conv(x)).flatten(2).relu().view(x.shape[0], 4, m.height, m.width)
+    def sets(m, x):
+        m.child.height, m.child.width = x.shape[2], x.shape[3]
+        return m.child(x)
+    for forward in (keeps, caches, sets):
+        for example in ((), (x,)):
+            model = net(forward, child=pair(of_its_parent)) if forward is sets else pair(forward)
+            model.last = model.size = None
+            assert folded(model, example, [(x,), (odd,)]).folded == 1
 
 
 def by_the_mode(x): return x.relu() if torch.is_grad_enabled() else x

@@ -109,6 +109,7 @@ def _asks(f, held, containers=False):
         if any(_swallows(o if isinstance(o, type) else type(o)) for o in held.values()) or _catches(code) and not _of_autocast(held): return 'it catches exceptions'
         if any(map(_is_generator, held.values())): return 'it draws random numbers'
         for at,i in enumerate(code):
+            if i.opname == 'STORE_GLOBAL' or i.opname == 'STORE_DEREF' and i.argval in f.__code__.co_freevars or i.opname == 'STORE_ATTR' and code[at-1].opname == 'LOAD_GLOBAL': return 'it keeps what it computed'
             if i.opname in ('MATCH_CLASS', 'MATCH_SEQUENCE', 'MATCH_MAPPING'): return 'it matches classes'
             if i.opname.startswith('LOAD_ATTR') and i.argval == '__class__' and code[at-1].argval != 'self': return f'it asks `{i.argval}`'
             if i.opname == 'IS_OP' and not (i.offset in answered or code[at-1].opname == 'LOAD_CONST' and (code[at-1].argval is None or _is_setting(code[:at-1], held))): return 'it compares with `is`'

@@ -9,6 +9,7 @@ __all__ = ['ATOMS', 'SHAPED_LIKE', 'Value', 'Call', 'values_in', 'mapped', 'nami
 
 # %% ../../nbs/02_fold.flow.ipynb #bf5c9638
 import functools,gc,inspect,operator,random,sys,weakref
+from collections.abc import Callable
 from collections import Counter, OrderedDict, defaultdict, deque
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -330,12 +331,12 @@ def _shared_by(cls):
 @contextmanager
 def untouched(
     model:nn.Module, # Restored on leaving: each module's attributes, the lists, dicts and sets among them, and the tensors that are no parameters
-):
+)->Callable: # A context manager; `f()` gives what has changed so far: (a container or a module's `__dict__`, or a tensor; what it held)
     "Undo whatever runs inside does to the attributes of `model`'s modules"
     before,tensors = [],[]
     for m in model.modules(): _note(m.__dict__, before, tensors, _own)
     for o in {id(o): o for cls in {type(m) for m in model.modules()} for o in _shared_by(cls)}.values(): _note(o, before, tensors)
-    try: yield
+    try: yield lambda: [(o, old) for o,old in before if _changed(o, old)] + [(t, old) for t,version,old in tensors if t._version != version]
     finally:
         for o,old in before:
             if _changed(o, old):

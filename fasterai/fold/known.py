@@ -5,14 +5,17 @@
 # %% auto #0
 __all__ = ['METADATA', 'MODULES', 'PATTERNED', 'TENSORS', 'plain_batchnorm', 'settings_of', 'known_layer', 'is_number', 'type_of',
            'types_of', 'custom_op', 'name_of', 'operations_in', 'rank_of', 'gives_several', 'giver', 'is_given',
-           'sizes_of', 'chunks_of', 'length_of']
+           'sizes_of', 'chunks_of', 'length_of', 'is_plain', 'content_of', 'given_out']
 
 # %% ../../nbs/02_fold.known.ipynb #67271e36
 import math,operator,re,sys
+from dataclasses import is_dataclass
+from enum import Enum
+from numbers import Number
 from types import BuiltinFunctionType
 
 import torch
-from torch import nn
+from torch import Tensor, fx, nn
 from torch._ops import OpOverloadPacket
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -160,3 +163,20 @@ def chunks_of(node):
 def length_of(node):
     "How many parts a loop over it runs through, if that is sure"
     return sizes_of(node) if node.number else chunks_of(node)
+
+# %% ../../nbs/02_fold.known.ipynb #b4d7e2c8
+_plain = (Number, str, bytes, range, Enum, type(None), type(...), torch.Size, torch.dtype, torch.device)
+def is_plain(o): return isinstance(o, _plain)
+
+def content_of(t):
+    "What tells a tensor that is no parameter from another"
+    if t.is_meta or t.layout != torch.strided or t.is_quantized: return ()
+    return tuple(t.shape), str(t.dtype), hash(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+
+def given_out(o):
+    "What a `forward` returns, with nodes for stand-ins"
+    if issubclass(type(o), fx.Proxy): return o.node
+    if isinstance(o, dict): return {k: given_out(v) for k,v in o.items()}
+    if isinstance(o, (tuple, list)): return [type(o).__name__, *map(given_out, o)]
+    if is_dataclass(o): return [type(o).__name__, given_out(vars(o))]
+    return o if is_plain(o) else content_of(o) if isinstance(o, Tensor) else type(o).__name__

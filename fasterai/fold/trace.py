@@ -19,9 +19,9 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from .carry import ORDERS, RESHAPES, Stop, order
 from .code import KINDS_ASKED, is_authors, may_choose, variants
 from .flow import SHAPED_LIKE, Entry, Flow, Value, held_in, mapped, naming, read_written_out, tensors_of, uncollected, under, values_in
-from .known import METADATA, custom_op, known_layer, plain_batchnorm
+from .known import METADATA, custom_op, is_plain, known_layer, plain_batchnorm
 from .layers import LAYERS, layer_call, out_channels
-from .standin import INPLACE, Impossible, Opaque, _Node, is_plain, trace_ways
+from .standin import INPLACE, Impossible, Opaque, _Node, trace_ways
 
 # %% ../../nbs/04_fold.trace.ipynb #56663ae2
 _keep_shape = {'relu', 'relu6', 'leaky_relu', 'prelu', 'elu', 'selu', 'celu', 'gelu', 'silu', 'mish', 'sigmoid', 'tanh', 'hardtanh',
