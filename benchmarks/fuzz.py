@@ -1,4 +1,4 @@
-"""Thousands of random networks: none may give another output when it is folded, every second one through its ReLUs too, and every third one's layers merged.
+"""Thousands of random networks: none may give another output when it is folded, every second one through its ReLUs too, every third one's layers merged, every fifth one's scales folded.
 
     python benchmarks/fuzz.py --networks 5000"""
 import argparse, random, re, sys
@@ -20,7 +20,7 @@ def try_one(seed, inputs):
     rng, seen = random.Random(seed), Counter()
     source = random_network(rng.randrange)
     torch.manual_seed(seed)
-    model, bn = randomise(build(source), seed).double(), BN_Folder(through_relu=seed % 2 == 1, reparameterize=seed % 3 == 0, series=seed % 3 == 0)
+    model, bn = randomise(build(source), seed).double(), BN_Folder(through_relu=seed % 2 == 1, reparameterize=seed % 3 == 0, series=seed % 3 == 0, scales=seed % 5 == 0)
     want = outputs(model, inputs)
     if want[0] is None: return Counter({'does not run itself': 1}), ''
     seen['runs at another size'] += want[-1] is not None
@@ -29,6 +29,7 @@ def try_one(seed, inputs):
         except Exception as e: return seen + Counter(crashed=1), f'# {type(e).__name__}: {e}\n{source}'
         seen[f'{kind}: folded'] += bn.report.folded
         seen[f'{kind}: folded through a ReLU'] += sum(bool(r.through) for r in bn.report)
+        seen[f'{kind}: scales folded'] += sum(bool(r.steps) and r.folded for r in bn.report)
         seen[f'{kind}: layers merged in series'] += sum(r.joins == 'series' for r in bn.report)
         seen[f'{kind}: layers and BatchNorms merged in parallel'] += sum(r.joins == 'parallel' for r in bn.report)
         seen[f'{kind}: kept'] += bn.report.kept

@@ -8,6 +8,17 @@ from torch import nn
 from fasterai.fold.verify import run
 
 
+class Scale(nn.Module):
+    "As a LayerScale"
+    def __init__(self, c): super().__init__(); self.gamma = nn.Parameter(torch.rand(c, 1, 1) - .3)
+    def forward(self, x): return x*self.gamma
+
+
+class Affine(nn.Module):
+    def __init__(self, c): super().__init__(); self.weight, self.bias = nn.Parameter(torch.rand(c, 1, 1) + .2), nn.Parameter(torch.randn(c, 1, 1))
+    def forward(self, x): return self.weight*x + self.bias
+
+
 class Builder:
     "Writes a network, one random statement at a time; `draw(n)` gives a number below `n`"
     def __init__(self, draw):
@@ -38,7 +49,7 @@ class Builder:
         getattr(self, kind)(v, c, side)
 
     def img(self, v, c, side):
-        what = self.pick(['conv', 'conv', 'conv', 'bn', 'bn', 'bn', 'bn', 'act', 'module', 'pre', 'pool', 'two', 'two', 'part', 'shape', 'move', 'flat', 'keep', 'branches', 'series', 'ask', 'size'])
+        what = self.pick(['conv', 'conv', 'conv', 'bn', 'bn', 'bn', 'bn', 'act', 'module', 'pre', 'pool', 'two', 'two', 'part', 'shape', 'move', 'flat', 'keep', 'branches', 'series', 'ask', 'size', 'scale'])
         if what == 'conv':
             o, k = self.pick([2, 4, 4, 8]), self.pick([1, 1, 3])
             g, pad = 2 if c % 2 == 0 and self.chance(25) else 1, self.draw(2) if k == 3 or self.chance(10) else 0
@@ -79,6 +90,7 @@ class Builder:
             if a: self.lines.append(f"{self.name('v')} = F.avg_pool2d(self.{a}({v}), 3, 1, 1, count_include_pad=False)"); self.emit(f'self.{b}(v{self.count})', 'img', o, side)
         elif what == 'ask': self.emit(self.pick(['{v} * {v}.shape[1]', '{v} * ({v}.dim() + {v}.size(1))', '{v} + torch.ones_like({v})', '{v} + {v}']).format(v=v), 'img', c, side)
         elif what == 'size': self.size(v, c, side)
+        elif what == 'scale': self.emit(f"self.{self.layer('scale', self.pick([f'Scale({c})', f'Affine({c})', f'nn.GroupNorm(1, {c})', f'nn.InstanceNorm2d({c}, affine=True)']))}({v})", 'img', c, side)
         elif what == 'keep' and self.chance(30): self.lines.append(f'kept.append({v})')
 
     def size(self, v, c, side):
@@ -119,7 +131,7 @@ class Builder:
 
     def source(self):
         outs = [*self.vars][-1 - self.draw(3):] if self.chance(60) else [*self.vars][-1:]
-        weighty = [n for n, s in self.layers.items() if not re.search('affine=False|ReLU|Hardtanh', s)]
+        weighty = [n for n, s in self.layers.items() if not re.search('affine=False|ReLU|Hardtanh|Scale', s)]
         if self.chance(10) and weighty: self.lines.append(f'kept.append(self.{self.pick(weighty)}.weight.sum())')
         layers = '\n'.join(f'        self.{n} = {s}' for n, s in self.layers.items())
         lines = '\n'.join(f'        {l}' for l in self.lines)
@@ -137,12 +149,15 @@ def outputs(model, inputs):
     "What `model` gives for each input, `None` where it fails: it was made for one size, or writes into what overlaps itself"
     def one(x):
         try: return run(model, (x.clone(),), {})
-        except RuntimeError: return None
+        except (RuntimeError, ValueError): return None
     return [one(x) for x in inputs]
 
 
 def build(source):
     "The network that `source` describes"
-    space = dict(nn=nn, torch=torch, F=F)
+    space = dict(nn=nn, torch=torch, F=F, Scale=Scale, Affine=Affine)
     exec(source, space)
-    return space['Net']()
+    net = space['Net']()
+    for m in net.modules():
+        if isinstance(m, (nn.GroupNorm, nn.InstanceNorm2d)): nn.init.uniform_(m.weight, -1, 1), nn.init.normal_(m.bias)
+    return net

@@ -267,6 +267,15 @@ def test_groups_that_are_computed():
     assert [folded(model, example, [(x,), (odd,)]).folded for example in ((), (x,))] == [0, 1]
 
 
+def test_a_hook_on_every_module():
+    from torch.nn.modules.module import register_module_forward_hook
+    def doubles(m, inputs, out): return out*2 if isinstance(m, nn.Conv2d) else None
+    handle = register_module_forward_hook(doubles)
+    try:
+        for example in ((), (x,)): assert 'the hook `' in folded(pair(lambda m, x: m.bn(m.conv(x))), example, [(x,)])['bn'].why
+    finally: handle.remove()
+
+
 def test_folded_where_nothing_is_to_be_trained():
     "What is made in inference mode could not be trained, nor loaded into"
     for inplace in (False, True):

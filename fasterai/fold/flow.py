@@ -18,6 +18,7 @@ from types import CellType, CodeType, FunctionType, MethodType, SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
 from torch.nn.utils.rnn import PackedSequence
 
 from .bake import computing
@@ -124,8 +125,8 @@ _hook_kinds = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_back
 def hook_name(
     m:nn.Module,
 )->str: # '' where there is none
-    "The name of the first forward or backward hook on `m`"
-    hooks = (h for kind in _hook_kinds if (held := getattr(m, kind)) for h in held.values())
+    "The name of the first forward or backward hook on `m`, or on every module"
+    hooks = (h for kind in _hook_kinds for held in (getattr(m, kind), getattr(nn_module, f'_global{kind}')) if held for h in held.values())
     return next((getattr(h, '__qualname__', type(h).__name__) for h in hooks), '')
 
 # %% ../../nbs/02_fold.flow.ipynb #81957588
