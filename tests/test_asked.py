@@ -1,5 +1,5 @@
 "What a `forward` may go by besides its input: chance, how it is run, who calls it, and at what size."
-import random, threading
+import functools, random, threading
 
 import numpy as np, pytest, torch
 import torch.nn.functional as F
@@ -310,3 +310,64 @@ def test_a_packed_sequence():
 
 def test_a_row_that_is_not_there():
     with pytest.raises(KeyError, match="no BatchNorm called 'bn1': bn"): BN_Folder().plan(pair(lambda m, x: m.bn(m.conv(x))))['bn1']
+
+
+def exists(o): return o is not None
+def tried(layer, x):
+    try: return layer(x)
+    except ValueError: return x
+class Helper:
+    @staticmethod
+    def tried(layer, x): return tried(layer, x)
+class Tries(nn.Module):
+    "In each way in which a class can have a function"
+    def __init__(self, way): super().__init__(); self.conv, self.bn, self.way, self.held, self.part = conv(), bn(), way, [tried], functools.partial(tried)
+    @classmethod
+    def of_the_class(cls, layer, x): return tried(layer, x)
+    @property
+    def norm(self):
+        def run(x): return tried(self.bn, x)
+        return run
+
+
+ways = dict(
+    of_the_class=lambda m, x: m.of_the_class(m.bn, m.conv(x)), norm=lambda m, x: m.norm(m.conv(x)), held=lambda m, x: m.held[0](m.bn, m.conv(x)),
+    part=lambda m, x: m.part(m.bn, m.conv(x)), static=lambda m, x: Helper.tried(m.bn, m.conv(x)))
+
+
+@pytest.mark.parametrize('way', ways)
+def test_functions_that_are_no_plain_methods(way):
+    model = randomise(type('Net', (Tries,), dict(forward=ways[way]))(way))
+    for example in ((), (x,)): assert not folded(model, example, [(x,), (x[0],)]).folded
+
+
+def test_a_helper_that_asks_for_none():
+    def forward(m, x, skip): return m.bn(m.conv(x)) + skip if exists(skip) else m.conv(x)
+    for example in ((), (x, x)): assert not folded(pair(forward), example, [(x, x), (x, None)]).folded
+
+
+def test_in_place_as_a_number():
+    def forward(m, x): return m.act(y := m.conv(x)) + m.bn(y)
+    for example in ((), (x,)): folded(pair(forward, act=nn.ReLU(inplace=1)), example, [(x,)])
+
+
+def test_a_compiled_child():
+    model = pair(lambda m, x: m.inner(m.bn(m.conv(x))), inner=torch.compile(nn.Sequential(conv(), bn()).double(), backend='eager'))
+    want = model(x)
+    new = BN_Folder().fold(model)
+    assert difference(want, new(x)).relative < 1e-12 and new.inner._orig_mod is not model.inner._orig_mod
+
+
+class Reads(nn.Module):
+    "A parent that can't be followed, and reads a child by a name that it is given"
+    def __init__(self, read): super().__init__(); self.a, self.b, self.bn, self.read = conv(), conv(), bn(), read
+    def forward(self, x, **kw): return self.bn(self.a(x)) + self.one(x, **kw)
+
+
+@pytest.mark.parametrize('one', [lambda m, x, name='b': getattr(m, name)(x), lambda m, x, name='b': m._modules.get(name)(x), lambda m, x, name='b': m.get_submodule(name)(x)])
+def test_a_child_by_a_name_that_is_given(one):
+    model = randomise(type('Net', (Reads,), dict(one=one))(None))
+    for example in ((), (x,)):
+        folder = BN_Folder()
+        new = folder.fold(model, *example)
+        for kw in ({}, dict(name='a')): assert difference(run(model, (x,), kw), run(new, (x,), kw)).relative < 1e-12

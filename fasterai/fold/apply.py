@@ -233,7 +233,9 @@ def copied(
         for v in vars(m).values(): # first of all: a list may hold it too
             if type(v) not in ATOMS and isinstance(v, Tensor): _copy(v, memo)
     for m,plainly in seen.items():
-        if plainly: memo[id(m)] = object.__new__(type(m)) # all of them before their attributes: one may hold another
+        if plainly:
+            memo[id(m)] = object.__new__(type(m)) # all of them before their attributes: one may hold another
+            memo[id(m)].__dict__['training'] = m.training # for which a compiled one asks when it is copied around it
     for m,plainly in seen.items():
         if plainly: vars(memo[id(m)]).update((name, _attribute(m, name, memo)) for name in vars(m) if name != '_compiled_call_impl') # `m.compile()` made it, and it runs the original
     new = copy.deepcopy(model, memo)

@@ -136,6 +136,7 @@ def _groups(a, b):
 def _has_room(call, label):
     "Does a `view` with numbers put other axes together where sizes that are not sure are others, so that `label` does not hold there?"
     x,sizes = call.args[0], call.args[1] if len(call.args) > 1 else ()
+    if call.literal and call.op == 'unflatten': return -1 in _arg(call, 2, 'sizes', ()) and not _is_sure(x, _axis(torch.empty([1]*len(x.shape)), _arg(call, 1, 'dim')))
     if not call.literal or not isinstance(sizes, (list, tuple)) or -1 not in sizes or 0 in x.shape: return False # a number fits no other size
     given,parts = -prod(sizes), lambda shape: [(len(a), len(b)) for a,b in _groups(shape, [prod(shape)//given if n == -1 else n for n in sizes])]
     others = [x.shape[:d] + (2*n,) + x.shape[d+1:] for d,n in enumerate(x.shape) if not _is_sure(x, d)]

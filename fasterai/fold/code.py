@@ -129,15 +129,20 @@ def question(
     "What the code of a method, or of those that it calls, asks that can't be answered"
     o = getattr(cls, name, None) if name not in asked else None
     if isinstance(o, functools._lru_cache_wrapper): return 'it keeps what it computed'
-    wrapped = _wrapped(o)
+    wrapped = [f for g in _behind(inspect.getattr_static(cls, name, None)) for f in _wrapped(g)] if name not in asked else []
     if wrapped and any(c is a for k in cls.__mro__ for c in vars(k).values() if isinstance(c, Callable) for a in _answers | _states): return 'it asks `type`' # or another of these, which the class holds
     for f in wrapped:
         named_type = 'type' in f.__globals__ and not hasattr(f.__globals__['type'], 'stands_for') # by the model's author
         if why := _asks(f, _held_by(f), containers=name == 'forward' and not named_type): return why
-        methods = [question(cls, n, (*asked, name)) for n in f.__code__.co_names if isinstance(getattr(cls, n, None), (FunctionType, functools._lru_cache_wrapper))]
+        methods = [question(cls, n, (*asked, name)) for n in f.__code__.co_names if isinstance(getattr(cls, n, None), (FunctionType, MethodType, property, functools._lru_cache_wrapper))]
         above = [question(c, name, asked) for c in cls.__mro__[1:] if name in vars(c)] if {'super', name} & {*f.__code__.co_names} else []
         if why := next(filter(None, (*methods, *above)), '') or _asked_by_helpers(f): return why
     return ''
+
+def _behind(o):
+    "The functions of an attribute of a class: a method, a property's three, ..."
+    if isinstance(o, property): return [f for f in (o.fget, o.fset, o.fdel) if f]
+    return [getattr(o, '__func__', getattr(o, 'func', o))] if isinstance(o, (classmethod, staticmethod, functools.cached_property, functools.partialmethod)) else [o]
 
 def _wrapped(o):
     "A function and those that it wraps, but for PyTorch's and our own"
@@ -152,6 +157,8 @@ def asked_by(
 )->str: # '' if nothing
     "What a function asks, or an object of the author's own that can be called; or what any other object is there for"
     if isinstance(o, nn.Module): return ''
+    if isinstance(o, functools.partial): return asked_by(o.func)
+    if isinstance(o, (list, tuple)): return next(filter(None, map(asked_by, o)), '')
     if _is_generator(o): return 'it draws random numbers'
     if is_state(o): return f'it asks `{o.__name__}`'
     if _swallows(type(o)): return 'it catches exceptions'
@@ -180,8 +187,9 @@ def _asked_in(f): return _asks(f, _held_by(f)) or _asked_by_helpers(f)
 def asked_for_none(
     cls:type, # Of a module
 )->tuple: # Names of parameters of its `forward`; and is any other value compared, but for attributes of the module?
-    "What the `forward` of a module, and the methods that it calls, compare with `None`"
+    "What the `forward` of a module, and the methods that it calls, compare with `None`; a function that they call may compare any"
     f,params,others = inspect.unwrap(cls.forward), set(), False
+    if isinstance(f, FunctionType) and any(map(_compares_with_none, _helpers_of(f))): params,others = {*inspect.signature(f).parameters}, True
     for g in _called_methods(cls):
         for c in _codes(g.__code__):
             code = [*dis.get_instructions(c)]
@@ -191,6 +199,14 @@ def asked_for_none(
                 if asked.opname.startswith('LOAD_FAST') and g is f and asked.argval in inspect.signature(f).parameters: params.add(asked.argval)
                 elif not asked.opname.startswith('LOAD_ATTR'): others = True
     return params,others
+
+def _helpers_of(f): return [g for o in _held_by(f).values() if callable(o) and is_authors(g := inspect.unwrap(o))]
+
+def _compares_with_none(f):
+    "Does a function compare one of its own parameters with `None`?"
+    code = [*dis.get_instructions(f)]
+    asked = [code[at-2 if i.opname == 'IS_OP' else at-1] for at,i in enumerate(code) if at > 1 and (i.opname == 'IS_OP' and code[at-1].argval is None or i.opname.startswith('POP_JUMP') and 'NONE' in i.opname)]
+    return any(i.opname.startswith('LOAD_FAST') and i.argval in f.__code__.co_varnames[:f.__code__.co_argcount] for i in asked)
 
 MAX_WAYS = 32 # that are gone through
 
@@ -203,10 +219,17 @@ def variants(m):
     if prod(map(len, options)) > MAX_WAYS: raise NotImplementedError('it has too many optional arguments')
     return [[*zip(ps, ways)] for ways in product(*options)]
 
+def _methods_of(o, names):
+    "The functions of these names in a class of the author's, or in that of an object of it"
+    cls = o if isinstance(o, type) else type(o)
+    if issubclass(cls, (nn.Module, torch.Tensor)) or cls.__module__.split('.')[0] in {*sys.stdlib_module_names, 'numpy'}: return []
+    return [f for n in names for f in _behind(inspect.getattr_static(cls, n, None)) if is_authors(f)]
+
 @functools.lru_cache(None)
 def _asked_by_helpers(f, depth=3):
     "What the functions that `f` calls by name ask"
-    for helper in _held_by(f).values() if depth else ():
+    held = [*_held_by(f).values()] if depth else []
+    for helper in (*held, *(h for o in held for h in _methods_of(o, f.__code__.co_names))):
         g = inspect.unwrap(helper) if callable(helper) else None
         if not is_authors(g): continue
         if hasattr(helper, 'registry'): return 'it asks `type`' # by `functools.singledispatch`
@@ -215,9 +238,8 @@ def _asked_by_helpers(f, depth=3):
 
 # %% ../../nbs/02_fold.code.ipynb #7459335a
 def _functions(o):
-    "The functions behind an attribute of a class: a method, a property's three, ..."
-    found = (o.fget, o.fset, o.fdel) if isinstance(o, property) else [getattr(o, '__func__', getattr(o, 'func', o))] if isinstance(o, (classmethod, staticmethod, functools.cached_property, functools.partialmethod)) else [o]
-    return [g for f in found if callable(f) and isinstance(g := inspect.unwrap(f), FunctionType)]
+    "The same without what wraps them"
+    return [g for f in _behind(o) if callable(f) and isinstance(g := inspect.unwrap(f), FunctionType)]
 
 _making = {f'__{n}__' for n in ('init', 'new', 'init_subclass', 'class_getitem', 'setstate', 'getstate', 'reduce', 'reduce_ex', 'copy', 'deepcopy', 'repr', 'str', 'dir', 'del')} # what no `forward` comes to
 def _calls_method(i): return i.opname == 'LOAD_METHOD' or i.opname == 'LOAD_ATTR' and sys.version_info >= (3, 12) and i.arg & 1
@@ -253,6 +275,9 @@ def _chooses(code, at):
     "Does the instruction choose? A jump does, what is taken out by something other than a constant, arguments of any number; a sum over some, and a loop, which may run more or less often. (The rounds of a comprehension know nothing of each other)"
     i = code[at]
     if i.opname == 'FOR_ITER': return not any(o.opname in ('LIST_APPEND', 'SET_ADD', 'MAP_ADD') for o in code[at:] if o.offset < i.argval)
+    if i.opname.startswith('LOAD_') and i.argval == 'getattr' and not _constant_name(code, at): return True
+    if _calls_method(i) and i.argval == 'get' or i.opname == 'LOAD_GLOBAL' and i.argval == 'reduce': return True
+    if _takes_out(i) and code[at-1].opname == 'BUILD_SLICE': return any(o.opname.startswith('LOAD_FAST') for o in code[at-1-code[at-1].arg:at-1])
     if _takes_out(i): return not code[at-1].opname.startswith(('LOAD_CONST', 'BUILD_', 'LOAD_SMALL_INT'))
     return i.opname.startswith(('POP_JUMP', 'JUMP_IF', 'CALL_FUNCTION_EX')) or i.opname == 'LOAD_GLOBAL' and i.argval == 'sum'
 

@@ -191,7 +191,7 @@ class _Graph:
         n = max(parts, default=-1)+1 if op in ('chunk', 'split', 'unbind') and len(parts) == len(node.users) else 0
         custom = custom_op(node.target)
         writes = custom and any(getattr(custom, o)._schema.is_mutable for o in custom.overloads())
-        return self.call(op, args, kwargs, stack, inplace or kwargs.get('inplace') is True or 'out' in kwargs, n, bool(writes))
+        return self.call(op, args, kwargs, stack, inplace or bool(kwargs.get('inplace')) or 'out' in kwargs, n, bool(writes))
 
     def held(self, m, *names):
         return [None if (t := getattr(m, n)) is None else self.flow.params[name] if (name := self.flow.names.get(t)) else Value() for n in names]
@@ -312,7 +312,7 @@ def _trace_root(m, flow, names, opaque):
             if type(m).forward is nn.Module.forward:
                 if isinstance(m, (nn.ModuleList, nn.ModuleDict)): return [] # which hold models: each is called by itself
                 raise Opaque(m, 'it has no `forward`')
-            if is_authors(type(m).__call__): raise Opaque(m, 'it has a `__call__` of its own')
+            if any(is_authors(getattr(m, n, None)) for n in ('_call_impl', '_wrapped_call_impl')) or is_authors(type(m).__call__) or is_authors(type(m)._call_impl): raise Opaque(m, 'it has a `__call__` of its own')
             for variant in variants(m):
                 with suppress(Impossible): tracers.append(trace_ways(m, names, flow.names, opaque, variant))
             if tracers: return tracers
