@@ -99,7 +99,6 @@ class BN_Folder:
         series:bool=False, # Then merge two linear layers in series into one, where that is less work
     ): self.bake,self.through_relu,self.reparameterize,self.scales,self.series = bake,through_relu,reparameterize,scales,series
 
-    @torch.inference_mode(False) # what is made in it can't be trained, nor loaded into
     def plan(self,
         model:nn.Module, # Or a fastai `Learner`; in eval mode
         *xs, # An example, as `model` takes it
@@ -108,10 +107,9 @@ class BN_Folder:
         """What `fold` would do with each BatchNorm. Takes what `fold` takes, and raises the same errors for bad input."""
         model,xs = self._inputs(model, xs, kwargs)
         core = unwrapped(model)
-        plan,notes = self._in_steps(core, xs, kwargs)[1::2] if self._steps else (self._of(core, xs, kwargs).plan(), ())
+        with torch.inference_mode(False): plan,notes = self._in_steps(core, xs, kwargs)[1::2] if self._steps else (self._of(core, xs, kwargs).plan(), ())
         return Report(plan, count_parameters(model), notes=tuple(notes))
 
-    @torch.inference_mode(False)
     def fold(self,
         model:nn.Module, # Or a fastai `Learner`; in eval mode. It is not changed, unless `inplace`
         *xs, # An example, as `model` takes it. Without one, only what holds for every input is folded
@@ -127,9 +125,10 @@ class BN_Folder:
         model,xs = self._inputs(model, xs, kwargs)
         core,before = unwrapped(model), count_parameters(model)
         if inplace and isinstance(model, DistributedDataParallel): raise ValueError("a DistributedDataParallel has registered its parameters with the other processes: fold `model.module`, then wrap it again")
-        if self._steps: new,plan,check,notes = self._in_steps(core, xs, kwargs, inplace)
-        else: (new,plan,check),notes = self._of(core, xs, kwargs).run(inplace),()
-        if core is not model: new = model if inplace else copied(model, {id(core): new})
+        with torch.inference_mode(False): # what is made in that mode can't be trained, nor loaded into
+            if self._steps: new,plan,check,notes = self._in_steps(core, xs, kwargs, inplace)
+            else: (new,plan,check),notes = self._of(core, xs, kwargs).run(inplace),()
+            if core is not model: new = model if inplace else copied(model, {id(core): new})
         self.report = Report(plan, before, count_parameters(new), check, tuple(notes))
         return new
 
