@@ -189,7 +189,7 @@ def asked_for_none(
 )->tuple: # Names of parameters of its `forward`; and is any other value compared, but for attributes of the module?
     "What the `forward` of a module, and the methods that it calls, compare with `None`; a function that they call may compare any"
     f,params,others = inspect.unwrap(cls.forward), set(), False
-    if isinstance(f, FunctionType) and any(map(_compares_with_none, _helpers_of(f))): params,others = {*inspect.signature(f).parameters}, True
+    if isinstance(f, FunctionType) and any(map(_compares_with_none, _helpers_of(f))): params,others = {n for n,p in [*inspect.signature(f).parameters.items()][2:] if p.default is p.empty}, True
     for g in _called_methods(cls):
         for c in _codes(g.__code__):
             code = [*dis.get_instructions(c)]

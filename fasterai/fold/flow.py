@@ -126,7 +126,7 @@ def hook_name(
     m:nn.Module,
 )->str: # '' where there is none
     "The name of the first forward or backward hook on `m`, or on every module"
-    hooks = (h for kind in _hook_kinds for held in (getattr(m, kind), getattr(nn_module, f'_global{kind}')) if held for h in held.values())
+    hooks = (h for kind in _hook_kinds for held in (getattr(m, kind), getattr(nn_module, f'_global{kind}')) if held for h in [*held.values()] if getattr(h, '__module__', '') != 'fasterai.fold.record') # not those of a run that another thread records
     return next((getattr(h, '__qualname__', type(h).__name__) for h in hooks), '')
 
 # %% ../../nbs/02_fold.flow.ipynb #81957588
