@@ -255,6 +255,33 @@ def test_a_view_with_room_for_more(name):
     assert report.folded == folds and (folds or 'room for more' in report['bn'].why or 'another size' in report['bn'].why)
 
 
+flags = dict(
+    part=lambda m, x, on=False: m.bn(m.wide(x)[:, 4:] if on else m.wide(x)[:, :4]),
+    dropout=lambda m, x, on=False: m.bn(F.dropout(m.conv(x), .5, training=on)),
+    pad=lambda m, x, on=False: m.one(F.pad(m.bn(x), (1, 1, 1, 1), mode='reflect' if on else 'constant')),
+    pool=lambda m, x, on=False: m.one(F.avg_pool2d(m.bn(x), 3, 1, 1, count_include_pad=on)),
+    order=lambda m, x, on=False: m.one(m.bn(x).permute((0, 2, 3, 1) if on else (0, 1, 3, 2))[:, :4, :4, :4]),
+    chunk=lambda m, x, on=None: m.bn(m.wide(x).chunk(2, 1)[0 if on is None else 1]))
+
+
+@pytest.mark.parametrize('name', flags)
+def test_a_flag_that_changes_the_arguments_of_an_operation(name):
+    calls = [(x,), (x, True), (x, False)]
+    for example in ((), (x,)):
+        model, folder = pair(flags[name], wide=conv(8), one=nn.Conv2d(4, 4, 1)), BN_Folder()
+        new = folder.fold(model, *example)
+        for args in calls:
+            torch.manual_seed(0)
+            want = run(model, args, {})
+            torch.manual_seed(0)
+            assert difference(want, run(new, args, {})).relative < 1e-12, folder.report
+
+
+def test_a_view_of_another_dtype():
+    "gives a shape with other sizes: once it was looked through for ever"
+    folded(pair(lambda m, x: m.bn(x).view(torch.complex128).abs()), (x,), [(x,)])
+
+
 def test_a_pool_as_large_as_what_it_is_given():
     "for which PyTorch asks a stand-in for numbers"
     for forward in (lambda m, x: F.avg_pool2d(y := m.bn(m.conv(x)), y.shape[2:]), lambda m, x: avg_pool2d(y := m.bn(m.conv(x)), kernel_size=y.size()[2:])):

@@ -30,6 +30,7 @@ def test_a_random_network_gives_the_same(data):
         assert_untouched(model, before)
         for args, out in zip(inputs, want): assert out is None or difference(out, run(new, (args.clone(),), {})).relative < 1e-9
         rows = {r.name: r for r in bn.report} # of scales and merged layers, too
+        assert bn.scales or sum(not r.is_layer for r in bn.report) == len(norms(model))
         assert {*norms(model)} <= rows.keys() and sorted(norms(new)) == sorted(n for n in norms(model) if rows[n].why)
 
 

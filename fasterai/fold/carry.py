@@ -146,6 +146,7 @@ def _reshape(call, label, old, new):
     "`label` of a value of shape `old`, after `call` reshaped it to `new`, or undid that"
     if any(n > 1 for n in label.shape) and _has_room(call, label): raise Stop(f'`{call.op}` has room for more than the example had')
     if None in (old, new) or any(not d for d in (*old, *new)): raise Unknown('the size of a tensor on the way is not known')
+    if prod(old) != prod(new): raise Stop(f'`{call.op}` reads its numbers as others')
     full,small = [],[]
     at = 0
     for a,b in _groups(old, new):

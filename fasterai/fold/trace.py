@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.utils._pytree import tree_leaves
 
 from .carry import ORDERS, RESHAPES, Stop, order
 from .code import KINDS_ASKED, is_authors, may_choose, variants
@@ -218,11 +219,12 @@ class _Graph:
 
 # %% ../../nbs/04_fold.trace.ipynb #a1d2f6b3
 def _signature(tracer):
-    "What was done, where, to what, and what came of it, whatever other arguments (a mask) there were"
+    "What was done, where, to what, with which numbers and names, and what came of it, whatever other arguments (a mask) there were"
     done = [n for n in tracer.nodes if n.op not in ('get_attr', 'output', 'placeholder')]
     at = {n: i for i,n in enumerate(done)} | {n: (n.op, n.target) for n in tracer.nodes if n.op in ('get_attr', 'placeholder')}
     read = lambda n: [at[o] for i,o in enumerate(n.inputs) if o in at and not (i and o.op == 'placeholder')]
-    return [(n.op, n.target, n.stack[-1], read(n)) for n in done], [read(n) for n in tracer.nodes if n.op == 'output'], [at.get(n) for n in tracer.kept]
+    plain = lambda n: [str(o) for o in tree_leaves((n.args, n.kwargs)) if o is not None and not isinstance(o, _Node)]
+    return [(n.op, n.target, n.stack[-1], read(n), plain(n)) for n in done], [read(n) for n in tracer.nodes if n.op == 'output'], [at.get(n) for n in tracer.kept]
 
 def _written(o, of):
     "An argument as text: a node as what it is `of`, an object of a class of its own as that class"
