@@ -54,6 +54,7 @@ def _held_by(f):
     return held | {n: o.stands_for for n,o in held.items() if isinstance(o, FunctionType) and hasattr(o, 'stands_for')} # a trace put it there
 
 def is_state(o): return any(o is s for s in _states)
+def _is_answer(o): return any(o is a for a in _answers)
 
 STATES_NAMED = [] # (namespace, name) where one was imported by name, as far as code was read
 def _note_state(f, i):
@@ -103,7 +104,7 @@ def _of_autocast(held):
 def _asks(f, held, containers=False):
     "What the code of a function asks; `type` may be asked for `containers`"
     for o in (*(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values()):
-        if is_state(o) or any(o is a for a in _answers): return f'it asks `{o.__name__}`'
+        if is_state(o) or _is_answer(o): return f'it asks `{o.__name__}`'
     for c in _codes(f.__code__):
         code,answered = [*dis.get_instructions(c)], set()
         if any(_swallows(o if isinstance(o, type) else type(o)) for o in held.values()) or _catches(code) and not _of_autocast(held): return 'it catches exceptions'
@@ -117,7 +118,7 @@ def _asks(f, held, containers=False):
             if i.opname.startswith(('LOAD_GLOBAL', 'LOAD_DEREF')) and isinstance(o := held.get(i.argval), Callable):
                 if o is _isinstance and i.argval != 'isinstance': return 'it asks `isinstance` by another name'
                 if o is type and containers and c is f.__code__ and (compares := _of_containers(code[at+1:], held)) is not None: answered.add(compares)
-                elif any(o is a for a in _answers) or is_state(o) and not _note_state(f, i): return f'it asks `{o.__name__}`'
+                elif _is_answer(o) or is_state(o) and not _note_state(f, i): return f'it asks `{o.__name__}`'
     return ''
 
 @functools.lru_cache(None)
@@ -127,10 +128,10 @@ def question(
     asked:tuple=(), # Methods that are being looked at
 )->str: # '' if nothing
     "What the code of a method, or of those that it calls, asks that can't be answered"
-    o = getattr(cls, name, None) if name not in asked else None
-    if isinstance(o, functools._lru_cache_wrapper): return 'it keeps what it computed'
-    wrapped = [f for g in _behind(inspect.getattr_static(cls, name, None)) for f in _wrapped(g)] if name not in asked else []
-    if wrapped and any(c is a for k in cls.__mro__ for c in vars(k).values() if isinstance(c, Callable) for a in _answers | _states): return 'it asks `type`' # or another of these, which the class holds
+    if name in asked: return ''
+    if isinstance(getattr(cls, name, None), functools._lru_cache_wrapper): return 'it keeps what it computed'
+    wrapped = [f for g in _behind(inspect.getattr_static(cls, name, None)) for f in _wrapped(g)]
+    if wrapped and any(is_state(c) or _is_answer(c) for k in cls.__mro__ for c in vars(k).values() if isinstance(c, Callable)): return 'it asks `type`' # or another of these, which the class holds
     for f in wrapped:
         named_type = 'type' in f.__globals__ and not hasattr(f.__globals__['type'], 'stands_for') # by the model's author
         if why := _asks(f, _held_by(f), containers=name == 'forward' and not named_type): return why
@@ -192,21 +193,21 @@ def asked_for_none(
     if isinstance(f, FunctionType) and any(map(_compares_with_none, _helpers_of(f))): params,others = {n for n,p in [*inspect.signature(f).parameters.items()][2:] if p.default is p.empty}, True
     for g in _called_methods(cls):
         for c in _codes(g.__code__):
-            code = [*dis.get_instructions(c)]
-            for at,i in enumerate(code[1:], 1):
-                if not (i.opname == 'IS_OP' and code[at-1].argval is None or i.opname.startswith('POP_JUMP') and 'NONE' in i.opname): continue
-                asked = code[at-2 if i.opname == 'IS_OP' else at-1]
+            for asked in _compared_with_none(c):
                 if asked.opname.startswith('LOAD_FAST') and g is f and asked.argval in inspect.signature(f).parameters: params.add(asked.argval)
                 elif not asked.opname.startswith('LOAD_ATTR'): others = True
     return params,others
 
 def _helpers_of(f): return [g for o in _held_by(f).values() if callable(o) and is_authors(g := inspect.unwrap(o))]
 
+def _compared_with_none(c):
+    "The instructions of a code that load what it compares with `None`"
+    code = [*dis.get_instructions(c)]
+    return [code[at-2 if i.opname == 'IS_OP' else at-1] for at,i in enumerate(code) if at and (i.opname == 'IS_OP' and code[at-1].argval is None or i.opname.startswith('POP_JUMP') and 'NONE' in i.opname)]
+
 def _compares_with_none(f):
     "Does a function compare one of its own parameters with `None`?"
-    code = [*dis.get_instructions(f)]
-    asked = [code[at-2 if i.opname == 'IS_OP' else at-1] for at,i in enumerate(code) if at > 1 and (i.opname == 'IS_OP' and code[at-1].argval is None or i.opname.startswith('POP_JUMP') and 'NONE' in i.opname)]
-    return any(i.opname.startswith('LOAD_FAST') and i.argval in f.__code__.co_varnames[:f.__code__.co_argcount] for i in asked)
+    return any(i.opname.startswith('LOAD_FAST') and i.argval in f.__code__.co_varnames[:f.__code__.co_argcount] for i in _compared_with_none(f.__code__))
 
 MAX_WAYS = 32 # that are gone through
 
