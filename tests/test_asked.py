@@ -69,15 +69,19 @@ def counts_globally(m, x):
     global calls
     calls += 1
     return m.bn(m.conv(x)) if calls % 2 else m.conv(x)
+def another_part(m, x):
+    y = m.wide(x)[:, :4] if m.state is None else m.wide(x)[:, 4:]
+    m.state = True
+    return m.bn(y)
 def takes_turns(m, x):
     m.conv, m.other = m.other, m.conv
     return m.bn(m.conv(x))
 
 
-@pytest.mark.parametrize('forward', [recurrent, lazily, counts, grows, takes_turns])
+@pytest.mark.parametrize('forward', [recurrent, lazily, counts, grows, another_part, takes_turns])
 def test_what_it_remembers_of_one_call_may_decide_another(forward):
     for example in ((), (x,)):
-        model, folder = pair(forward, other=conv()), BN_Folder()
+        model, folder = pair(forward, other=conv(), wide=conv(8)), BN_Folder()
         model.state, model.seen = None, []
         new = folder.fold(model, *example)
         assert (model.state, model.seen, new.state, new.seen) == (None, [], None, [])

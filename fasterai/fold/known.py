@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METADATA', 'MODULES', 'PATTERNED', 'TENSORS', 'plain_batchnorm', 'settings_of', 'known_layer', 'is_number', 'type_of',
            'types_of', 'custom_op', 'name_of', 'operations_in', 'rank_of', 'gives_several', 'giver', 'is_given',
-           'sizes_of', 'chunks_of', 'length_of', 'is_plain', 'content_of', 'given_out']
+           'sizes_of', 'chunks_of', 'length_of', 'is_plain', 'plain_in', 'content_of', 'given_out']
 
 # %% ../../nbs/02_fold.known.ipynb #67271e36
 import math,operator,re,sys
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverloadPacket
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 
 from .layers import LAYERS
 
@@ -167,6 +168,10 @@ def length_of(node):
 # %% ../../nbs/02_fold.known.ipynb #b4d7e2c8
 _plain = (Number, str, bytes, range, Enum, type(None), type(...), torch.Size, torch.dtype, torch.device)
 def is_plain(o): return isinstance(o, _plain)
+
+def plain_in(node):
+    "The numbers, names and slices among a node's arguments, as text"
+    return [str(o) for o in tree_leaves((node.args, node.kwargs)) if o is not None and (is_plain(o) or type(o) is slice)]
 
 def content_of(t):
     "What tells a tensor that is no parameter from another"

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from .code import KINDS_ASKED, MAX_WAYS, STATES, STATES_NAMED, asked_by, asked_for_none, asked_inside, is_message, is_state, question, was_raised
 from .flow import ATOMS, naming, random_state, same_random_state, untouched, values_in, young_garbage
-from .known import METADATA, MODULES, PATTERNED, TENSORS, content_of, given_out, gives_several, giver, is_given, is_number, known_layer, length_of, operations_in, plain_batchnorm, rank_of, settings_of, type_of, types_of
+from .known import METADATA, MODULES, PATTERNED, TENSORS, content_of, given_out, gives_several, giver, is_given, is_number, known_layer, length_of, operations_in, plain_batchnorm, plain_in, rank_of, settings_of, type_of, types_of
 
 # %% ../../nbs/03_fold.standin.ipynb #99f3860c
 class Opaque(BaseException): # not an Exception: no `try` in a `forward` may swallow it
@@ -252,8 +252,8 @@ class _Tracer(fx.proxy.TracerBase):
         out = call()
         def done(nodes, calls):
             by = {}
-            for n in nodes: by.setdefault(n.stack[-1], []).append((n.op, n.target))
-            for stack,*_ in calls: by.setdefault((*stack, '')[-3], []).append(stack[-1])
+            for n in nodes: by.setdefault(n.stack[-1], []).append((n.op, n.target, plain_in(n)))
+            for stack,*_ in calls: by.setdefault(stack[-2], []).append(stack[-1])
             return by
         first,second = done(self.nodes[:nodes], self.calls[:calls]), done(self.nodes[nodes:], self.calls[calls:])
         self.branched |= {n for n in first.keys() | second.keys() if first.get(n) != second.get(n)}

@@ -15,12 +15,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.utils._pytree import tree_leaves
 
-from .carry import ORDERS, RESHAPES, Stop, order
+from .carry import ORDERS, PARTS, RESHAPES, Stop, order
 from .code import KINDS_ASKED, is_authors, may_choose, variants
 from .flow import SHAPED_LIKE, Entry, Flow, Value, held_in, mapped, naming, read_written_out, tensors_of, uncollected, under, values_in
-from .known import METADATA, custom_op, is_plain, known_layer, plain_batchnorm
+from .known import METADATA, custom_op, is_plain, known_layer, plain_batchnorm, plain_in
 from .layers import LAYERS, layer_call, out_channels
 from .standin import INPLACE, Impossible, Opaque, _Node, trace_ways
 
@@ -121,6 +120,7 @@ def note_sizes(
     symbolic:Flow, # The trace of the same model
 ):
     "Note what is known of the shapes of a run whatever the sizes of its input, and which `view`s are written with numbers"
+    if not any(c.op in RESHAPES | PARTS for c in flow.calls): return # nobody asks
     sizes = {} # of the `view`s in each module
     for c in symbolic.calls:
         if c.op in RESHAPES: sizes.setdefault(c.module, []).extend(o for a in c.args[1:] for o in (a if isinstance(a, (tuple, list)) else [a]))
@@ -223,8 +223,7 @@ def _signature(tracer):
     done = [n for n in tracer.nodes if n.op not in ('get_attr', 'output', 'placeholder')]
     at = {n: i for i,n in enumerate(done)} | {n: (n.op, n.target) for n in tracer.nodes if n.op in ('get_attr', 'placeholder')}
     read = lambda n: [at[o] for i,o in enumerate(n.inputs) if o in at and not (i and o.op == 'placeholder')]
-    plain = lambda n: [str(o) for o in tree_leaves((n.args, n.kwargs)) if o is not None and not isinstance(o, _Node)]
-    return [(n.op, n.target, n.stack[-1], read(n), plain(n)) for n in done], [read(n) for n in tracer.nodes if n.op == 'output'], [at.get(n) for n in tracer.kept]
+    return [(n.op, n.target, n.stack[-1], read(n), plain_in(n)) for n in done], [read(n) for n in tracer.nodes if n.op == 'output'], [at.get(n) for n in tracer.kept]
 
 def _written(o, of):
     "An argument as text: a node as what it is `of`, an object of a class of its own as that class"
@@ -314,7 +313,7 @@ def _trace_root(m, flow, names, opaque):
             if type(m).forward is nn.Module.forward:
                 if isinstance(m, (nn.ModuleList, nn.ModuleDict)): return [] # which hold models: each is called by itself
                 raise Opaque(m, 'it has no `forward`')
-            if any(is_authors(getattr(m, n, None)) for n in ('_call_impl', '_wrapped_call_impl')) or is_authors(type(m).__call__) or is_authors(type(m)._call_impl): raise Opaque(m, 'it has a `__call__` of its own')
+            if any(is_authors(vars(m).get(n) or getattr(type(m), n)) for n in ('__call__', '_wrapped_call_impl', '_call_impl')): raise Opaque(m, 'it has a `__call__` of its own')
             for variant in variants(m):
                 with suppress(Impossible): tracers.append(trace_ways(m, names, flow.names, opaque, variant))
             if tracers: return tracers
