@@ -218,12 +218,19 @@ class _Graph:
         return outs if parts else outs[0]
 
 # %% ../../nbs/04_fold.trace.ipynb #a1d2f6b3
+def _done(tracer): return [n for n in tracer.nodes if n.op not in ('get_attr', 'output', 'placeholder')]
+
+def _chosen(name, tracers):
+    "The modules that choose their way by an argument that may be left out, or by a True or False: the root called `name`, if what is done is not the same, else those in which it is done with other numbers or names"
+    if len({str(_signature(t)) for t in tracers}) > 1: return {name}
+    return {same[0].stack[-1] for same in zip(*map(_done, tracers)) if len({str(plain_in(n)) for n in same}) > 1}
+
 def _signature(tracer):
-    "What was done, where, to what, with which numbers and names, and what came of it, whatever other arguments (a mask) there were"
-    done = [n for n in tracer.nodes if n.op not in ('get_attr', 'output', 'placeholder')]
+    "What was done, where, to what, and what came of it, whatever other arguments (a mask) there were"
+    done = _done(tracer)
     at = {n: i for i,n in enumerate(done)} | {n: (n.op, n.target) for n in tracer.nodes if n.op in ('get_attr', 'placeholder')}
     read = lambda n: [at[o] for i,o in enumerate(n.inputs) if o in at and not (i and o.op == 'placeholder')]
-    return [(n.op, n.target, n.stack[-1], read(n), plain_in(n)) for n in done], [read(n) for n in tracer.nodes if n.op == 'output'], [at.get(n) for n in tracer.kept]
+    return [(n.op, n.target, n.stack[-1], read(n)) for n in done], [read(n) for n in tracer.nodes if n.op == 'output'], [at.get(n) for n in tracer.kept]
 
 def _written(o, of):
     "An argument as text: a node as what it is `of`, an object of a class of its own as that class"
@@ -266,7 +273,7 @@ def trace_flow(
             if type(m).forward is nn.Sequential.forward and name and seen.issuperset(m): continue # nobody calls it, but for what it holds
             seen.add(m)
             tracers = _trace_root(m, flow, names, opaque)
-            if len(tracers) > 1 and len({str(_signature(t)) for t in tracers}) > 1: flow.branches.add(name) # an argument that may be left out, or a True or False, chooses its way
+            if len(tracers) > 1: flow.branches |= _chosen(name, tracers)
             for tracer in tracers:
                 seen.update(flow.modules[stack[-1]] for stack,*_ in tracer.calls)
                 flow.branches |= tracer.branched
