@@ -17,7 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .bake import computing
 from .carry import ORDERS, PARTS, Stop, Unknown
 from .finder import CLAMPS, Finder
-from .flow import ATOMS, Flow, Value, altered, naming, uncollected, under
+from .flow import Flow, Value, altered, naming, under
+from .held import ATOMS, uncollected
 
 # %% ../../nbs/06_fold.plan.ipynb #128b5f8c
 @dataclass(frozen=True, eq=False)

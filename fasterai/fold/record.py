@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .carry import SAME
 from .known import custom_op
-from .flow import Entry, Flow, Value, mapped, read_written_out, same_random_state, untouched, values_in, young_garbage
+from .flow import Entry, Flow, Value, mapped, read_written_out, values_in
+from .held import same_random_state, untouched, young_garbage
 
 # %% ../../nbs/04_fold.record.ipynb #87d216db
 def _geometry(t): return t.storage_offset(), tuple(t.shape), t.stride(), t.dtype

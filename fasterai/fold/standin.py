@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from .code import KINDS_ASKED, MAX_WAYS, STATES, STATES_NAMED, asked_by, asked_for_none, asked_inside, is_message, is_state, question, was_raised
-from .flow import ATOMS, naming, random_state, same_random_state, untouched, values_in, young_garbage
+from .flow import naming, values_in
+from .held import ATOMS, random_state, same_random_state, untouched, young_garbage
 from .known import METADATA, MODULES, PATTERNED, TENSORS, content_of, given_out, gives_several, giver, is_given, is_number, known_layer, length_of, operations_in, plain_batchnorm, plain_in, rank_of, settings_of, type_of, types_of
 
 # %% ../../nbs/03_fold.standin.ipynb #99f3860c

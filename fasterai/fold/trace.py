@@ -18,7 +18,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .carry import ORDERS, PARTS, RESHAPES, Stop, order
 from .code import KINDS_ASKED, is_authors, may_choose, variants
-from .flow import SHAPED_LIKE, Entry, Flow, Value, held_in, mapped, naming, read_written_out, tensors_of, uncollected, under, values_in
+from .flow import SHAPED_LIKE, Entry, Flow, Value, mapped, naming, read_written_out, tensors_of, under, values_in
+from .held import held_in, uncollected
 from .known import METADATA, custom_op, is_plain, known_layer, plain_batchnorm, plain_in
 from .layers import LAYERS, layer_call, out_channels
 from .standin import INPLACE, Impossible, Opaque, _Node, trace_ways

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .flow import mapped, same_random_state, untouched
+from .flow import mapped
+from .held import same_random_state, untouched
 from .record import tensors_in
 
 # %% ../../nbs/08_fold.verify.ipynb #fdd13292

@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ..fold.apply import Unfit, apart, copied, fold_inplace, folded_copy, new_weights
 from ..fold.bake import bake
 from ..fold.carry import CARRIERS
-from ..fold.flow import altered, hook_name, naming, plain_device, same_random_state
+from ..fold.flow import altered, hook_name, naming
+from ..fold.held import plain_device, same_random_state
 from ..fold.layers import LAYERS, NORMS
 from ..fold.linear import PARALLEL, SERIES, plan_linear
 from ..fold.merge import merge, unasked
