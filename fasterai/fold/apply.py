@@ -19,7 +19,8 @@ from torch.nn.modules.conv import _ConvNd
 from .affine import Affine, batchnorm_affine, take, then, to_float64
 from .clamp import ChannelClamp, through_clamp
 from .compose import in_parallel, in_series
-from .flow import ATOMS, uncollected, under
+from .flow import under
+from .held import ATOMS, uncollected
 from .layers import absorb, absorb_batchnorm, grouped, in_channels, like, out_channels, ungrouped
 from .plan import Plan
 from .scale import bared, scale_affine

@@ -6,7 +6,7 @@
 __all__ = ['INPLACE', 'Opaque', 'Impossible', 'phi', 'trace_ways']
 
 # %% ../../nbs/03_fold.standin.ipynb #7fc015d3
-import builtins,functools,gc,inspect,math,operator,sys,threading,weakref
+import builtins,functools,gc,math,operator,sys,threading,weakref
 from collections import deque
 from contextlib import ExitStack, contextmanager
 
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
-from .code import KINDS_ASKED, MAX_WAYS, STATES, STATES_NAMED, asked_by, asked_for_none, asked_inside, is_message, is_state, question, was_raised
+from .code import KINDS_ASKED, MAX_WAYS, STATES, asked_for_none, is_message, is_state, reading, was_raised
 from .flow import naming, values_in
-from .held import ATOMS, random_state, same_random_state, untouched, young_garbage
+from .held import ATOMS, codes_in, package_of, random_state, same_random_state, untouched, young_garbage
 from .known import METADATA, MODULES, PATTERNED, TENSORS, content_of, given_out, gives_several, giver, is_given, is_number, known_layer, length_of, operations_in, plain_batchnorm, plain_in, rank_of, settings_of, type_of, types_of
 
 # %% ../../nbs/03_fold.standin.ipynb #99f3860c
@@ -54,6 +54,7 @@ class _Node:
 
 _not_foreign = {'torch', 'fasterai'}
 _printers = {*_not_foreign, 'logging', 'warnings'}
+_plain_python = {*sys.stdlib_module_names, 'numpy'} # in whose modules nothing is put
 def _package(frame): return frame.f_globals.get('__name__', '').split('.')[0]
 
 class _Number(fx.Proxy):
@@ -74,7 +75,7 @@ class _Number(fx.Proxy):
     def __format__(self, spec): return self._text(sys._getframe(1))
     def _text(self, frame):
         if type_of(self.node) is torch.device: return str(next((t.device for t in self.tracer.params), 'cpu')) # where the model is, its input is
-        if _package(frame) not in _printers and not is_message(frame): self._no()
+        if _package(frame) not in _printers and not is_message(frame.f_code, frame.f_lasti): self._no()
         return 'a value'
 
     def _math(f): return lambda self, *args: self.tracer.create_proxy('call_function', f, (self, *args), {})
@@ -158,6 +159,7 @@ class _Tracer(fx.proxy.TracerBase):
     "Goes through a part of a model and all that it calls, but for the `opaque` modules"
     def __init__(self, names, params, opaque, random):
         self.names,self.params,self.opaque,self.nodes,self.autocast = names,params,opaque,[],torch._C._is_any_autocast_enabled()
+        self.memory,self.prepared,self.readings = None,set(),{}
         self.random,self.thread,self.stack,self.frames,self.calls,self.read,self.proxies,self.branched,self.patched,self.tries,self.made,self.decided = random,threading.get_ident(),[],[],[],set(),{},set(),[],0,[],[]
 
     def call_module(self, m, args, kwargs):
@@ -181,15 +183,16 @@ class _Tracer(fx.proxy.TracerBase):
     def no_none(self, name):
         "The module called `name` got what may be `None`, which it is not to ask"
         m = self.module(name)
-        if asked_for_none(type(m))[1]: raise Opaque(m, 'it asks what kind of input it is given')
+        if asked_for_none(m, self.read_of(m))[1]: raise Opaque(m, 'it asks what kind of input it is given')
 
     def ways(self, m, args, kwargs):
         "Every way through `m`"
-        why = 'it has a `forward` of its own' if 'forward' in vars(m) else question(type(m)) or asked_inside(type(m), frozenset(map(type, m.modules()))) or next(filter(None, (asked_by(v) for v in vars(m).values() if type(v) not in ATOMS and not isinstance(v, (dict, set)))), '')
+        read = self.read_of(m)
+        why = 'it has a `forward` of its own' if 'forward' in vars(m) else read.why
         if why: raise Opaque(m, why, choice=why not in KINDS_ASKED)
-        params,_ = asked_for_none(type(m))
+        params,_ = asked_for_none(m, read)
         if params and len(self.stack) > 1 and any(map(giver, _nodes([args, kwargs]))): raise Opaque(m, 'it asks what kind of input it is given')
-        self.patch(inspect.unwrap(type(m).forward))
+        self.prepare(read)
         outs,choices = [],[]
         while True:
             self.tries += 1
@@ -206,13 +209,23 @@ class _Tracer(fx.proxy.TracerBase):
         if len(outs) > 1: self.branched.add(self.names[m])
         return self.merge(m, outs)
 
-    def patch(self, forward):
-        "Functions for which Python lets nothing stand in, in the module of a `forward`: `type` only where it asks for that"
-        space = forward.__globals__
-        functions = dict(len=_len, int=_operation(int), float=_operation(float)) | (dict(type=_type) if 'type' in forward.__code__.co_names else {})
-        self.put(space, {n: f for n,f in functions.items() if n not in space})
-        for space,n in STATES_NAMED:
-            if is_state(space.get(n)): self.put(space, {n: self.state(space[n])})
+    def read_of(self, m):
+        if m not in self.readings: self.readings[m] = reading(m)
+        return self.readings[m]
+
+    def prepare(self, read):
+        "Note what the code that is read may write into, and put what a trace needs in the place of functions that it has names for"
+        if id(read) in self.prepared: return
+        self.prepared.add(id(read))
+        self.memory.note(*read.others)
+        for f in read.functions:
+            if package_of(f) not in _plain_python: self.patch(f.__globals__, {n for c in codes_in(f.__code__) for n in c.co_names})
+
+    def patch(self, space, names):
+        "Functions for which Python lets nothing stand in, and those that tell how a run is run, or remember"
+        own = {n: f for n,f in dict(len=_len, int=_operation(int), float=_operation(float), type=_type).items() if n in names and n not in space}
+        states = {n: self.state(space[n]) for n in names if is_state(space.get(n))}
+        self.put(space, own | states | {n: f.__wrapped__ for n in names if isinstance(f := space.get(n), functools._lru_cache_wrapper)})
 
     def put(self, space, functions={}):
         "Put `functions` into a namespace, and what stands for those that are one operation each, for as long as the trace lasts"
@@ -367,13 +380,13 @@ def trace_ways(m, names, params, opaque, variant, random=None):
     reads = _Reads(tracer)
     tracer.stack.append(names[m])
     with ExitStack() as ctx:
-        changed = ctx.enter_context(untouched(m))
+        tracer.memory = ctx.enter_context(untouched(m))
         for c in (same_random_state(), young_garbage()): ctx.enter_context(c)
         ctx.callback(reads.restore)
         ctx.enter_context(tracer.watching())
         call = lambda: (tracer.leaf if known_layer(m) else tracer.ways)(m, *_given(tracer, variant))
         with reads: out = [call()]
-        if memory := changed(): # what it remembers of one call may decide another
+        if memory := tracer.memory.changed(): # what it remembers of one call may decide another
             before = [_held_now(o) for o,_ in memory]
             with reads: out.append(tracer.again(call))
             for o in (o for (o,_),b in zip(memory, before) if _held_now(o) != b): raise Opaque(next((k for k in m.modules() if o is vars(k) or any(v is o for v in vars(k).values())), m), 'it counts its calls')

@@ -7,7 +7,6 @@ __all__ = ['note_sizes', 'trace_flow', 'same_outline']
 
 # %% ../../nbs/04_fold.trace.ipynb #acd8da21
 import operator,threading
-from contextlib import suppress
 from math import prod
 
 import torch
@@ -323,7 +322,10 @@ def _trace_root(m, flow, names, opaque):
                 raise Opaque(m, 'it has no `forward`')
             if any(is_authors(vars(m).get(n) or getattr(type(m), n)) for n in ('__call__', '_wrapped_call_impl', '_call_impl')): raise Opaque(m, 'it has a `__call__` of its own')
             for variant in variants(m):
-                with suppress(Impossible): tracers.append(trace_ways(m, names, flow.names, opaque, variant))
+                try: tracers.append(trace_ways(m, names, flow.names, opaque, variant))
+                except Impossible: continue
+                except Opaque as e:
+                    if not (e.__cause__ and any(way is None and p.default is p.empty for p,way in variant)): raise # no tensor at all is given, and that is an error
             if tracers: return tracers
             why = 'no way of calling it is possible'
         except Opaque as e:
