@@ -1,5 +1,5 @@
 "What a `forward` may go by besides its input: chance, how it is run, who calls it, and at what size."
-import functools, random, threading
+import functools, queue, random, threading
 
 import numpy as np, pytest, torch
 import torch.nn.functional as F
@@ -133,15 +133,15 @@ def test_the_modes_themselves():
     with torch.enable_grad(): want = model(x)
     new = BN_Folder().fold(model, x)
     with torch.enable_grad(): assert difference(want, new(x)).relative < 1e-12
-    answers = []
+    answers = queue.SimpleQueue()
     def waits(m, x):
-        other = threading.Thread(target=lambda: answers.append(torch.is_grad_enabled()))
+        other = threading.Thread(target=lambda: answers.put(torch.is_grad_enabled()))
         other.start()
         other.join()
         return m.bn(m.conv(x))
     before = torch.is_grad_enabled
     assert folded(pair(waits), (), []).folded == 1
-    assert answers and all(answers) and torch.is_grad_enabled is before is trained # another thread hears the truth
+    assert answers.get(timeout=9) and torch.is_grad_enabled is before is trained # another thread hears the truth
 
 
 def test_where_nothing_can_answer_both_ways():

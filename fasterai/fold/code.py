@@ -103,9 +103,9 @@ def _asks(f):
 def _asked_by(o, named):
     "What something that code comes to asks, or what it is there for; what it has a name for, it asks itself"
     if is_state(o) or _is_answer(o): return '' if named else f'it asks `{o.__name__}`'
+    if isinstance(o, FunctionType) and hasattr(o, 'registry') or isinstance(o, functools.singledispatchmethod): return 'it asks `type`'
     if isinstance(o, FunctionType): return _asks(o) if is_authors(o) else ''
     if isinstance(o, functools._lru_cache_wrapper): return '' if named else 'it keeps what it computed'
-    if hasattr(o, 'registry') and hasattr(o, 'dispatch') or isinstance(o, functools.singledispatchmethod): return 'it asks `type`'
     if _is_generator(o): return 'it draws random numbers'
     if isinstance(o, Iterator): return 'it counts its calls'
     return 'it catches exceptions' if _swallows(o if isinstance(o, type) else type(o)) else ''
@@ -132,7 +132,7 @@ def reading(
     held = [o for v in own_attributes(m) for o in held_in(v, object, but=(nn.Module, torch.Tensor, type))]
     code = [o for o in held if isinstance(o, (FunctionType, BuiltinFunctionType, type, functools._lru_cache_wrapper))]
     why = next(filter(None, (_asked_by(o, False) for o in held if not isinstance(o, (nn.Module, torch.Tensor, FunctionType)))), '')
-    return Reading(why) if why else _read(type(m), frozenset(map(type, (*m.modules(), *held))), frozenset(code))
+    return Reading(why) if why else _read(type(m), frozenset(map(type, (*m.modules(), *(o for o in held if not isinstance(o, type))))), frozenset(code))
 
 def asked_for_none(
     m:nn.Module,

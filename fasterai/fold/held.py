@@ -106,14 +106,15 @@ def named_in(
     return held | {n: o.stands_for for n,o in held.items() if isinstance(o, FunctionType) and hasattr(o, 'stands_for')}, names # a trace put it there
 
 _making = {f'__{n}__' for n in ('init', 'new', 'post_init')}
-_never = {f'__{n}__' for n in ('init_subclass', 'class_getitem', 'setstate', 'getstate', 'reduce', 'reduce_ex', 'copy', 'deepcopy', 'repr', 'str', 'dir', 'del')} # what no `forward` comes to
+_unasked = {f'__{n}__' for n in ('init_subclass', 'setstate', 'getstate', 'reduce', 'reduce_ex', 'repr', 'str', 'dir', 'doc', 'class', 'subclasshook', 'class_getitem')} # no `forward` comes to these
+_special = ({n for kind in (int, float, list, dict, set, memoryview, FunctionType, property) for n in dir(kind) if n.startswith('__')} | {'__getattr__', '__missing__', '__next__', '__matmul__', '__imatmul__', '__torch_function__', '__array__'}) - _unasked # which an operator, or something else without a name, calls
 
 @functools.lru_cache(None)
 def _methods(cls):
     "What the classes that the author wrote have, by name: the one that is used, and those above it to which it may pass on"
     found = {}
     for c in cls.__mro__:
-        if package_of(c) in _python | _known: continue
+        if package_of(c) in _python | _known or issubclass(c, Tensor): continue
         generated = hasattr(c, '__dataclass_fields__')
         for n,o in vars(c).items():
             functions = [f for f in behind(o) if not (isinstance(f, FunctionType) and (package_of(f) in _python or generated and n.startswith('__') and f.__code__.co_filename == '<string>'))]
@@ -153,8 +154,8 @@ def reached(
                 seen.add(type(o))
             todo += [(v, False) for v in parts]
         for c in made | seen:
-            passed = lambda n: n.startswith('__') and n.endswith('__') and n not in _never and (c in made or n not in _making)
-            todo += [(f, False) for n,fs in _methods(c).items() for f in fs if (id(f), False) not in found and (n in names - {'forward'} or passed(n) or not callable(f))]
+            unnamed = _special - _making if c not in made else _special | _making
+            todo += [(f, False) for n,fs in _methods(c).items() for f in fs if (id(f), False) not in found and (n in names - {'forward'} or n in unnamed or not callable(f))]
 
 # %% ../../nbs/01_fold.held.ipynb #476c36fd
 _containers = {list, dict, set, OrderedDict, SimpleNamespace, deque, defaultdict, Counter}
