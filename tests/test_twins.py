@@ -80,7 +80,6 @@ keeps = dict( # no BatchNorm is folded, with an example or without; the reason n
     output_returned=(lambda: net(lambda m, x: (m.bn(c := m.conv(x)), c), conv=conv(), bn=bn()), 'also read by the caller'),
     output_returned_in_a_dict=(lambda: net(lambda m, x: {'y': m.bn(c := m.conv(x)), 'c': [c]}, conv=conv(), bn=bn()), 'also read by the caller'),
     output_returned_in_an_object=(lambda: net(lambda m, x: [Outputs(m.bn(c := m.conv(x)), c)], conv=conv(), bn=bn()), 'also read by'),
-    output_returned_in_an_iterator=(lambda: net(lambda m, x: Outputs(m.bn(c := m.conv(x)), iter([c])), conv=conv(), bn=bn()), 'also read by'),
     own_output_returned=(lambda: net(lambda m, x: (m.conv(b := m.bn(x)), b), conv=conv(k=1), bn=bn()), 'also read by the caller'),
     layer_called_twice=(lambda: net(lambda m, x: m.bn(m.conv(m.conv(x))), conv=conv(), bn=bn()), 'called 2 times'),
     one_layer_two_batchnorms=(lambda: net(lambda m, x: m.a(c := m.conv(x)).relu() + m.b(c).relu(), conv=conv(), a=bn(), b=bn()), 'also read by'),
@@ -150,6 +149,7 @@ class Doubles(nn.BatchNorm2d):
     "Normalises and more"
     def forward(self, x): return super().forward(x) * 2
 keeps_with_example = dict(
+    output_returned_in_an_iterator=(lambda: (net(lambda m, x: Outputs(m.bn(c := m.conv(x)), iter([c])), conv=conv(), bn=bn()), x), 'also read by'),
     ignores_its_bias_and_takes_a_mask=(lambda: (net(lambda m, x: m.bn(m.conv(x, x.new_ones(3, 1, 6, 6))), conv=MaskedDeaf(4, 4, 3, bias=False), bn=bn()), x), 'may not use the bias'),
     ignores_its_bias=(lambda: (net(lambda m, x: m.bn(m.conv(x)), conv=Deaf(4, 4, 3, bias=False), bn=bn()), x), 'may not use the bias'),
     scales_its_output=(lambda: (net(lambda m, x: m.bn(m.conv(x)), conv=Loud(4, 4, 3), bn=bn()), x), 'stands between'),

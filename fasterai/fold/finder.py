@@ -20,7 +20,7 @@ from .carry import CARRIERS, ORDERS, PARTS, Stop, Unknown, cross, nothing
 from .code import may_reach
 from .flow import Call, Value, altered, mapped, naming, under
 from .layers import LAYERS, NORMS, absorbs_before, in_channels, layer_call, out_channels
-from .known import plain_batchnorm
+from .known import called_plainly, plain_batchnorm
 
 # %% ../../nbs/05_fold.finder.ipynb #81239764
 @dataclass(frozen=True, eq=False)
@@ -201,7 +201,7 @@ def _is_torch(m):
     for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
         if isinstance(m, kind):
             same = lambda n: getattr(type(m), n, None) is getattr(kind, n, None) and n not in vars(m)
-            return all(map(same, ('forward', '_conv_forward', '__call__', '__getattr__')))
+            return called_plainly(m) and all(map(same, ('forward', '_conv_forward', '__getattr__')))
     return False
 
 class _Bias(TorchDispatchMode):

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .bake import computing
 from .carry import ORDERS, PARTS, Stop, Unknown
 from .finder import CLAMPS, Finder
+from .known import called_plainly
 from .flow import Flow, Value, altered, naming, under
 from .held import ATOMS, uncollected
 
@@ -104,7 +105,7 @@ class Plan:
 @patch
 def rest(self:Finder, name, calls):
     "The children of a BatchNorm that run after it normalised, and must stay"
-    if type(self.flow.modules[name]).__call__ is not nn.Module.__call__: raise Stop('it has a `__call__` of its own')
+    if not called_plainly(self.flow.modules[name]): raise Stop('it has a `__call__` of its own')
     runs = self.runs_of.get(name, [])
     more = [c for c in self.calls_of[name] if c not in calls]
     if more: raise Stop(f'its `forward` also does `{more[0].op}`')

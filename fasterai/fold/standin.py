@@ -108,15 +108,15 @@ class Weight(StandIn):
 
 def is_instance(o, kind, isinstance=isinstance):
     "`isinstance`, to which a stand-in is a tensor. (Were it to say so itself, in a `__class__`, C code would believe it too, and read memory that is not there)"
-    try:
-        if isinstance(o, kind): return True
-    except TypeError: # for what a trace put in the place of `int`
-        if isinstance(o, kind := tuple(getattr(k, 'stands_for', k) for k in (kind if type(kind) is tuple else (kind,)))): return True
-    if not issubclass(type(o), fx.Proxy): return False
-    if issubclass(type(o), Weight): return isinstance(o.held, kind)
-    if not issubclass(type(o), Number): o = o.tracer.proxy(o.node) # an attribute of one
+    stands = issubclass(type(o), fx.Proxy)
+    if not stands and type(kind) is type: return isinstance(o, kind)
+    kind = tuple(getattr(k, 'stands_for', k) for k in (kind if type(kind) is tuple else (kind,))) # without what a trace put in the place of `int`
+    if not stands: return isinstance(o, kind)
     frame = sys._getframe(1)
     foreign = package_of_frame(frame) not in OURS or frame.f_code is torch.is_tensor.__code__
+    if not foreign and isinstance(o, kind): return True
+    if issubclass(type(o), Weight): return isinstance(o.held, kind)
+    if not issubclass(type(o), Number): o = o.tracer.proxy(o.node) # an attribute of one
     if not issubclass(type(o), StandIn): return foreign and any([issubclass(t, kind) for t in types_of(o.node)]) and (type_of(o.node) is not None or o._no())
     if foreign and is_given(o.node): raise Opaque(o.tracer.here(), 'it asks what kind of input it is given')
     if foreign and not issubclass(Tensor, kind) and gives_several(o.node): return o.tracer.to_bool(o) # it may be: both ways are gone

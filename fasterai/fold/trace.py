@@ -16,10 +16,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .carry import ORDERS, PARTS, RESHAPES, Stop, order
-from .code import KINDS_ASKED, is_authors, may_choose, variants
+from .code import KINDS_ASKED, may_choose, variants
 from .flow import SHAPED_LIKE, Entry, Flow, Value, mapped, naming, read_written_out, tensors_of, under, values_in
 from .held import held_in, uncollected
-from .known import METADATA, custom_op, is_plain, known_layer, plain_batchnorm, plain_in
+from .known import METADATA, called_plainly, custom_op, is_plain, known_layer, plain_batchnorm, plain_in
 from .layers import LAYERS, layer_call, out_channels
 from .standin import INPLACE, Impossible, Node, Opaque
 from .ways import trace_ways
@@ -321,7 +321,7 @@ def _trace_root(m, flow, names, opaque):
             if type(m).forward is nn.Module.forward:
                 if isinstance(m, (nn.ModuleList, nn.ModuleDict)): return [] # which hold models: each is called by itself
                 raise Opaque(m, 'it has no `forward`')
-            if any(is_authors(vars(m).get(n) or getattr(type(m), n)) for n in ('__call__', '_wrapped_call_impl', '_call_impl')): raise Opaque(m, 'it has a `__call__` of its own')
+            if not called_plainly(m): raise Opaque(m, 'it has a `__call__` of its own')
             for variant in variants(m):
                 try: tracers.append(trace_ways(m, names, flow.names, opaque, variant))
                 except Impossible: continue

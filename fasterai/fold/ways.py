@@ -8,7 +8,9 @@ __all__ = ['trace_ways']
 # %% ../../nbs/04_fold.ways.ipynb #a40c51dd
 import builtins,functools,gc,sys,threading,weakref
 from collections import deque
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
+from types import FunctionType, MethodType
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from .code import KINDS_ASKED, MAX_WAYS, STATES, asked_for_none, is_state, reading, was_raised
 from .flow import naming, values_in
-from .held import ATOMS, codes_in, package_of, random_state, same_random_state, untouched, young_garbage
-from .known import METADATA, MODULES, content_of, given_out, giver, is_number, known_layer, length_of, operations_in, plain_batchnorm, plain_in, settings_of
+from .held import ATOMS, codes_in, held_in, package_of, random_state, same_random_state, untouched, young_garbage
+from .known import METADATA, MODULES, called_plainly, content_of, given_out, giver, is_number, known_layer, length_of, operations_in, plain_batchnorm, plain_in, settings_of
 from .standin import Impossible, Node, Number, Opaque, StandIn, Weight, asked_again, as_operation, is_instance, length, nodes_in, none_swallowed, package_of_frame, phi, type_of_any, OURS
 
 # %% ../../nbs/04_fold.ways.ipynb #94f1e555
@@ -33,6 +35,7 @@ class _Tracer(fx.proxy.TracerBase):
 
     def call_module(self, m, args, kwargs):
         if m not in self.names: raise Opaque(self.here(), f'it calls a {type(m).__name__} that is no part of the model', choice=False)
+        if type(m) not in self.opaque and not called_plainly(m): raise Opaque(m, 'it has a `__call__` of its own')
         self.stack.append(self.names[m])
         try:
             out = self.leaf(m, args, kwargs) if type(m) in self.opaque or plain_batchnorm(m) or known_layer(m) else self.ways(m, args, kwargs)
@@ -265,6 +268,7 @@ def trace_ways(m, names, params, opaque, variant, random=None):
     if drawn: return trace_ways(m, names, params, opaque, variant, state)
     for layer,settings in (n.settings for n in tracer.nodes if n.op == 'call_module'):
         if settings != settings_of(layer): raise Opaque(m, f'it changes the settings of {naming(names[layer])}')
+    if held_in(out, (FunctionType, MethodType, functools.partial, nn.Module, Iterator, Coroutine, AsyncIterator)): raise Opaque(m, 'it returns what runs later')
     for o in out: tracer.create_node('output', 'output', (given_out(o),), {})
     tracer.variant = variant
     return tracer

@@ -1,0 +1,176 @@
+"Code that a `forward` comes to by way of objects, tables, and functions of functions; and what it must not be left with."
+import abc, asyncio, collections.abc, functools, inspect, operator, typing
+
+import pytest, torch
+import torch.nn.functional as F
+from torch import nn
+
+from fasterai.misc.bn_folding import BN_Folder
+from helpers import assert_untouched, fold, net, randomise, snapshot
+from test_ways import bn, conv, folded, odd, pair, same, x
+
+
+def tried(layer, x):
+    try: return layer(x)
+    except ValueError: return x
+def deeper(n): return (lambda layer, x: deeper(n-1)(layer, x)) if n else tried
+caught = tried
+class Policy:
+    def __init__(self, inner=None): self.inner = inner
+    def tried(self, layer, x): return tried(layer, x)
+    def __getitem__(self, name): return tried
+    def __mul__(self, layer): return functools.partial(tried, layer)
+    part = functools.partialmethod(lambda self, how, layer, x: how(layer, x), caught)
+class Slotted:
+    __slots__ = 'how',
+    def __init__(self): self.how = tried
+class Decorated:
+    def __init__(self, f): self.f = f
+    def __get__(self, o, cls): return functools.partial(self, o)
+    def __call__(self, o, layer, x): return tried(layer, x)
+class Tabled(nn.Module):
+    table = {'a': [tried]}
+    @Decorated
+    def decorated(self, layer, x): return layer(x)
+    def by_name(self, layer, x): return tried(layer, x)
+def five(layer, x): return four(layer, x)
+def four(layer, x): return three(layer, x)
+def three(layer, x): return two(layer, x)
+def two(layer, x): return one(layer, x)
+def one(layer, x): return tried(layer, x)
+policy, TABLE = Policy(), dict(a=dict(b=tried))
+through = dict(
+    held=lambda m, x: m.policy.tried(m.bn, m.conv(x)), inside=lambda m, x: m.policy.inner.tried(m.bn, m.conv(x)), item=lambda m, x: m.policy['a'](m.bn, m.conv(x)),
+    operator=lambda m, x: (m.policy*m.bn)(m.conv(x)), part=lambda m, x: m.policy.part(m.bn, m.conv(x)), slots=lambda m, x: m.slotted.how(m.bn, m.conv(x)),
+    dict_=lambda m, x: m.functions['a'](m.bn, m.conv(x)), table=lambda m, x: m.table['a'][0](m.bn, m.conv(x)), global_table=lambda m, x: TABLE['a']['b'](m.bn, m.conv(x)),
+    global_object=lambda m, x: policy.tried(m.bn, m.conv(x)), decorated=lambda m, x: m.decorated(m.bn, m.conv(x)), five=lambda m, x: five(m.bn, m.conv(x)),
+    closures=lambda m, x: deeper(6)(m.bn, m.conv(x)), by_name=lambda m, x: getattr(m, 'by_name')(m.bn, m.conv(x)), caller=lambda m, x: operator.methodcaller('tried', m.bn, m.conv(x))(m.policy),
+    made=lambda m, x: Policy().tried(m.bn, m.conv(x)), in_a_list=lambda m, x: [f(m.bn, m.conv(x)) for f in m.several][0],
+    computed=lambda m, x: getattr(m, 'by_' + m.name)(m.bn, m.conv(x)), computed_of_another=lambda m, x: getattr(m.policy, m.named)(m.bn, m.conv(x)))
+
+
+@pytest.mark.parametrize('way', through)
+def test_an_exception_caught_in_code_far_away(way):
+    "a BatchNorm raises on three axes, an identity does not"
+    model = randomise(type('Net', (Tabled,), dict(forward=through[way]))())
+    model.conv, model.bn, model.policy, model.slotted = conv(), bn(), Policy(Policy()), Slotted()
+    model.functions, model.several, model.name, model.named = {'a': tried}, [tried], 'name', 'tried'
+    randomise(model)
+    for example in ((), (x,)): assert not folded(model, example, [(x,), (x[0],)]).folded
+
+
+types = dict(a=type)
+class Typed:
+    of = type
+asks = dict(
+    table=lambda m, y: y if types['a'](y) is torch.Tensor else y.relu(), of_a_class=lambda m, y: y if Typed.of(y) is torch.Tensor else y.relu(),
+    mapped=lambda m, y: y if [*map(type, [y])] == [torch.Tensor] else y.relu(), held=lambda m, y: y if m.kind['a'](y) is torch.Tensor else y.relu())
+
+
+@pytest.mark.parametrize('way', asks)
+def test_the_type_asked_by_way_of_something(way):
+    model = net(lambda m, x: m.bn(asks[way](m, m.conv(x))), conv=conv(), bn=bn())
+    model.kind = dict(a=type)
+    for example in ((), (x,)): folded(model, example, [(x,)])
+
+
+@typing.runtime_checkable
+class Shaped(typing.Protocol):
+    shape: object
+class Sized(abc.ABC):
+    @classmethod
+    def __subclasshook__(cls, kind): return hasattr(kind, 'shape')
+def by_its_attribute(m, x, skip): return m.bn(m.conv(x)) + skip if hasattr(skip, 'shape') else m.conv(x).relu()
+def by_a_default(m, x, skip): return m.conv(x).relu() if getattr(skip, 'shape', None) is None else m.bn(m.conv(x)) + skip
+def by_an_error(m, x, skip):
+    try: skip.shape
+    except AttributeError: return m.conv(x).relu()
+    return m.bn(m.conv(x)) + skip
+def by_a_protocol(m, x, skip): return m.bn(m.conv(x)) + skip if isinstance(skip, Shaped) else m.conv(x).relu()
+def by_a_class(m, x, skip): return m.bn(m.conv(x)) + skip if isinstance(skip, Sized) else m.conv(x).relu()
+def by_iteration(m, x, skip): return m.bn(m.conv(x)) + skip if isinstance(skip, collections.abc.Iterable) else m.conv(x).relu()
+def by_a_local(m, x, skip): return m.conv(x).relu() if (given := skip) is None else m.bn(m.conv(x)) + given
+def by_a_list(m, x, skip): return m.conv(x).relu() if [skip].count(None) else m.bn(m.conv(x)) + skip
+def by_what_is_in(m, x, skip): return m.conv(x).relu() if None in (x, skip) else m.bn(m.conv(x)) + skip
+def by_equality(m, x, skip): return m.conv(x).relu() if skip == None else m.bn(m.conv(x)) + skip # noqa
+def by_the_filter(m, x, skip): return m.bn(m.conv(x)) + skip if [*filter(lambda o: o is not None, [skip])] else m.conv(x).relu()
+def by_truth(m, x, skip): return m.bn(m.conv(x)) + skip if skip else m.conv(x).relu()
+def by_or(m, x, skip): return m.bn(m.conv(x)) + (skip or x)
+def by_match(m, x, skip):
+    match skip:
+        case None: return m.conv(x).relu()
+        case _: return m.bn(m.conv(x)) + skip
+
+
+@pytest.mark.parametrize('forward', [by_its_attribute, by_a_default, by_an_error, by_a_protocol, by_a_class, by_iteration, by_a_local, by_a_list, by_what_is_in, by_equality, by_the_filter, by_truth, by_or, by_match])
+def test_an_argument_that_may_be_none(forward):
+    "is asked for it in a roundabout way; the example is a call with a tensor"
+    one = torch.ones(1, 4, 1, 1, dtype=torch.float64)[0, 0, 0, 0]
+    for example in ((), (x, one)): folded(pair(forward), example, [(x, None), (x, one)])
+
+
+class Own(torch.Tensor): pass
+def by_a_subclass(m, x): return m.bn(m.conv(x).relu() if isinstance(x, Own) else m.conv(x))
+def by_jit(m, x): return m.bn(m.conv(x).relu() if torch.jit.isinstance(x, list[torch.Tensor]) else m.conv(x))
+
+
+def test_a_tensor_of_a_class_of_its_own():
+    for example in ((), (x,)): folded(pair(by_a_subclass), example, [(x,), (x.as_subclass(Own),)])
+
+
+class Late(nn.Module):
+    "What it returns runs its layers, or not"
+    def __init__(self, way): super().__init__(); self.block, self.way = pair(lambda m, x: m.bn(m.conv(x))), way
+    def forward(self, x): return self.way(self, x)
+def generated(m, x):
+    yield m.block(x)
+    yield m.block.conv(x).relu()
+def lambdas(m, x): return lambda: m.block.conv(x) + m.block(x)
+def partials(m, x): return functools.partial(lambda m, x: m.block.conv(x) + m.block(x), m, x)
+def in_a_dict(m, x): return dict(more=lambda: m.block.conv(x) + m.block(x), out=m.block(x))
+async def awaited(m, x): return m.block.conv(x) + m.block(x)
+def mapped(m, x): return map(lambda f: f(x), [m.block, m.block.conv])
+def bound(m, x): return m.block.conv.forward
+
+
+@pytest.mark.parametrize('way', [generated, lambdas, partials, in_a_dict, awaited, mapped, bound])
+def test_a_forward_that_runs_later(way):
+    def given(out):
+        if inspect.iscoroutine(out): return asyncio.new_event_loop().run_until_complete(out)
+        if isinstance(out, dict): return given(out['more'])
+        return out(x) if way is bound else out() if callable(out) else [*out]
+    model = randomise(Late(way))
+    want, new = given(model(x)), BN_Folder().fold(model)
+    for a, b in zip(*((o if isinstance(o, list) else [o]) for o in (want, given(new(x))))): assert torch.allclose(a, b)
+
+
+class Called(nn.Conv2d):
+    def _call_impl(self, x): return super()._call_impl(x).relu()
+class Wrapped(nn.Conv2d):
+    def _wrapped_call_impl(self, x): return super()._wrapped_call_impl(x).relu()
+class CalledNorm(nn.BatchNorm2d):
+    def _call_impl(self, x): return super()._call_impl(x.relu())
+
+
+@pytest.mark.parametrize('kind', [Called, Wrapped])
+def test_a_layer_that_is_called_in_a_way_of_its_own(kind):
+    for example in ((), (x,)):
+        model = net(lambda m, x: m.bn(m.conv(x)), conv=kind(4, 4, 3), bn=bn())
+        folded(model, example, [(x,)])
+        folded(net(lambda m, x: m.bn(m.conv(x)), conv=conv(), bn=CalledNorm(4)), example, [(x,)])
+        folded(nn.Sequential(model, bn()).double().eval(), example, [(x,)])
+
+
+class Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x): return x.relu() if ctx.needs_input_grad[0] else x.clone()
+    @staticmethod
+    def backward(ctx, g): return g
+
+
+def test_a_function_with_a_gradient_of_its_own():
+    for example in ((), (x,)):
+        model = net(lambda m, x: m.bn(Straight.apply(m.conv(x))), conv=conv(), bn=bn())
+        with torch.enable_grad(): want = model(x)
+        new = BN_Folder().fold(model, *example)
+        with torch.enable_grad(): assert torch.allclose(want, new(x))
