@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STATES', 'KINDS_ASKED', 'MAX_WAYS', 'is_state', 'Reading', 'reading', 'asked_for_none', 'variants', 'may_choose',
-           'may_reach', 'was_raised', 'is_message']
+           'may_reach', 'was_raised', 'unpacked', 'is_message']
 
 # %% ../../nbs/02_fold.code.ipynb #f88cad2c
 import builtins,dis,functools,inspect,operator,random,sys
@@ -279,6 +279,15 @@ def was_raised(
     code = tb.tb_frame.f_code
     own = code.co_filename.split('site-packages/')[-1].split('/')[0] != 'torch' or '/torch/nn/modules/' in code.co_filename
     return own and dis.opname[code.co_code[tb.tb_lasti]] == 'RAISE_VARARGS'
+
+@functools.lru_cache(None)
+def unpacked(
+    code:CodeType, # Of a frame that goes through a value just now
+    at:int, # Where it does
+)->int: # 0 if it is not known, or not to be unpacked
+    "Into how many variables the value is unpacked: `a,b = x`"
+    i = next((i for i in dis.get_instructions(code) if i.offset >= at), None)
+    return i.argval if i and i.opname == 'UNPACK_SEQUENCE' else 0
 
 @functools.lru_cache(None)
 def is_message(

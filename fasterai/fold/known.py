@@ -31,7 +31,7 @@ def called_plainly(
     return '_call_impl' not in vars(m) and _called_plainly(type(m))
 
 @functools.lru_cache(None)
-def _called_plainly(cls): return not any(is_authors(getattr(cls, n)) for n in ('__call__', '_wrapped_call_impl', '_call_impl'))
+def _called_plainly(cls): return not any(getattr(cls, n) is not getattr(nn.Module, n) and is_authors(getattr(cls, n)) for n in ('__call__', '_wrapped_call_impl', '_call_impl'))
 
 def plain_batchnorm(
     m:nn.Module,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.overrides import is_tensor_method_or_property
 
-from .code import is_message
+from .code import is_message, unpacked
 from .flow import values_in
 from .known import PATTERNED, TENSORS, gives_several, giver, is_given, length_of, rank_of, type_of, types_of
 
@@ -67,6 +67,10 @@ class Number(fx.Proxy):
     def _no(self, *args): raise Opaque(self.tracer.here(), 'it needs a number that depends on its input', frame=sys._getframe(1))
     __int__ = __float__ = __index__ = __contains__ = __hash__ = __deepcopy__ = __reduce_ex__ = _no
     def __len__(self): return length_of(self.node) or self._no()
+    def __iter__(self):
+        frame = sys._getframe(1)
+        parts = unpacked(frame.f_code, frame.f_lasti)
+        return iter([self[i] for i in range(parts)]) if parts else self.tracer.iter(self)
 
     def __str__(self): return self._text(sys._getframe(1))
     __repr__ = __str__
@@ -108,10 +112,11 @@ class Weight(StandIn):
 
 def is_instance(o, kind, isinstance=isinstance):
     "`isinstance`, to which a stand-in is a tensor. (Were it to say so itself, in a `__class__`, C code would believe it too, and read memory that is not there)"
-    stands = issubclass(type(o), fx.Proxy)
-    if not stands and type(kind) is type: return isinstance(o, kind)
-    kind = tuple(getattr(k, 'stands_for', k) for k in (kind if type(kind) is tuple else (kind,))) # without what a trace put in the place of `int`
-    if not stands: return isinstance(o, kind)
+    plain = lambda: tuple(getattr(k, 'stands_for', k) for k in (kind if type(kind) is tuple else (kind,))) # without what a trace put in the place of `int`
+    if not issubclass(type(o), fx.Proxy):
+        try: return isinstance(o, kind)
+        except TypeError: return isinstance(o, plain())
+    kind = plain()
     frame = sys._getframe(1)
     foreign = package_of_frame(frame) not in OURS or frame.f_code is torch.is_tensor.__code__
     if not foreign and isinstance(o, kind): return True
