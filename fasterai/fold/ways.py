@@ -109,7 +109,7 @@ class _Tracer(fx.proxy.TracerBase):
         "One value for what several ways gave"
         first = outs[0] if outs else None
         if all(o is first for o in outs): return first
-        if all(isinstance(o, fx.Proxy) for o in outs): return self.create_proxy('call_function', phi, tuple(outs), {})
+        if all(issubclass(type(o), fx.Proxy) for o in outs): return self.create_proxy('call_function', phi, tuple(outs), {})
         if all(type(o) is type(first) for o in outs):
             if isinstance(first, (list, tuple)) and len({len(o) for o in outs}) == 1: return type(first)(self.merge(m, o) for o in zip(*outs))
             if isinstance(first, dict) and all(o.keys() == first.keys() for o in outs): return {k: self.merge(m, [o[k] for o in outs]) for k in first}
