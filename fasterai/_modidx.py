@@ -221,6 +221,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fasterai.fold.held._attributes': ('fold.held.html#_attributes', 'fasterai/fold/held.py'),
                                     'fasterai.fold.held._differs': ('fold.held.html#_differs', 'fasterai/fold/held.py'),
                                     'fasterai.fold.held._methods': ('fold.held.html#_methods', 'fasterai/fold/held.py'),
+                                    'fasterai.fold.held._only_asked': ('fold.held.html#_only_asked', 'fasterai/fold/held.py'),
                                     'fasterai.fold.held._shared_by': ('fold.held.html#_shared_by', 'fasterai/fold/held.py'),
                                     'fasterai.fold.held.behind': ('fold.held.html#behind', 'fasterai/fold/held.py'),
                                     'fasterai.fold.held.codes_in': ('fold.held.html#codes_in', 'fasterai/fold/held.py'),

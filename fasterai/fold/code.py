@@ -76,7 +76,7 @@ def _of_autocast(held):
 
 def _asks(f):
     "What the code of a function asks"
-    held,_ = named_in(f)
+    held = named_in(f)[0]
     of_containers = not ('type' in f.__globals__ and not hasattr(f.__globals__['type'], 'stands_for')) # which a trace can answer, but where the author has a `type` of their own
     for c in codes_in(f.__code__):
         code,answered = [*dis.get_instructions(c)], set()

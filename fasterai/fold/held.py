@@ -49,7 +49,7 @@ def content(o):
     if isinstance(o, dict): return [*o.values()]
     if isinstance(o, (list, tuple, set, frozenset, deque)): return o
     if isinstance(o, MethodType): return [o.__self__, *content(o.__func__)]
-    if isinstance(o, FunctionType): return [*(c.cell_contents for c in o.__closure__ or () if c != CellType()), *(o.__defaults__ or ()), *(o.__kwdefaults__ or {}).values()]
+    if isinstance(o, FunctionType): return [*(c.cell_contents for n,c in zip(o.__code__.co_freevars, o.__closure__ or ()) if n != '__class__' and c != CellType()), *(o.__defaults__ or ()), *(o.__kwdefaults__ or {}).values()]
     if isinstance(o, functools.partial): return [o.func, *o.args, *o.keywords.values()]
     if isinstance(o, weakref.ref): return [o()]
     return _attributes(o) if isinstance(o, (nn.Module, SimpleNamespace)) or is_record(type(o)) else []
@@ -92,28 +92,37 @@ def codes_in(
     "A function's code, and that of what is defined in it"
     return [code, *(c for o in code.co_consts if isinstance(o, CodeType) for c in codes_in(o))]
 
+def _only_asked(code, at):
+    "Is the class that is loaded at `code[at]` read for an attribute, or given to `isinstance`? It makes nothing there"
+    rest = [i.opname for i in code[at+1:] if i.opname != 'PRECALL']
+    if rest[0].startswith(('LOAD_ATTR', 'LOAD_METHOD')): return True
+    asks = next((i.argval for i in reversed(code[:at]) if i.opname.startswith('CALL') or i.argval in ('isinstance', 'issubclass')), '')
+    return asks in ('isinstance', 'issubclass') and next(o for o in rest if o not in ('LOAD_GLOBAL', 'BUILD_TUPLE')).startswith('CALL')
+
 def named_in(
     f:FunctionType,
-)->tuple[dict,set]: # By name; and the other names, of attributes
+)->tuple[dict,set,set]: # By name; the other names, of attributes; the classes of which nothing is made
     "What the names in the code of `f` stand for outside of it, and what is read from a module"
-    closed,held,names = inspect.getclosurevars(f).nonlocals, {}, set()
+    closed,held,names,made,asked = inspect.getclosurevars(f).nonlocals, {}, set(), set(), set()
     for c in codes_in(f.__code__):
-        o = None
-        for i in dis.get_instructions(c):
+        o,code = None,[*dis.get_instructions(c)]
+        for at,i in enumerate(code):
             attr = i.opname.startswith(('LOAD_ATTR', 'LOAD_METHOD'))
             if isinstance(o, ModuleType): # whose attribute is read, or which goes somewhere as a whole
                 found = {f'{o.__name__}.{n}': vars(o)[n] for n in ([i.argval] if attr else c.co_names) if n in vars(o)}
                 held |= found
                 o = found.get(f'{o.__name__}.{i.argval}') if attr else None
             elif attr: names.add(i.argval)
+            elif i.opname in ('STORE_ATTR', 'DELETE_ATTR'): names.add('__setattr__' if i.opname == 'STORE_ATTR' else '__delattr__')
             if i.opname.startswith(('LOAD_GLOBAL', 'LOAD_DEREF', 'LOAD_CLASSDEREF')):
                 o = held[i.argval] = closed[i.argval] if i.argval in closed else f.__globals__[i.argval] if i.argval in f.__globals__ else getattr(builtins, i.argval, None)
+                if isinstance(o, type): (asked if _only_asked(code, at) else made).add(o)
             elif not (attr or i.opname in ('PRECALL', 'PUSH_NULL', 'CACHE')): o = None
         names |= {o for o in c.co_consts if type(o) is str and o.isidentifier()}
-    return held | {n: o.stands_for for n,o in held.items() if isinstance(o, FunctionType) and hasattr(o, 'stands_for')}, names # a trace put it there
+    return held | {n: o.stands_for for n,o in held.items() if isinstance(o, FunctionType) and hasattr(o, 'stands_for')}, names, asked - made # a trace put it there
 
 _making = {f'__{n}__' for n in ('init', 'new', 'post_init')}
-_unasked = {f'__{n}__' for n in ('init_subclass', 'setstate', 'getstate', 'reduce', 'reduce_ex', 'repr', 'str', 'dir', 'doc', 'class', 'subclasshook', 'class_getitem')} # no `forward` comes to these
+_unasked = {f'__{n}__' for n in ('init_subclass', 'setstate', 'getstate', 'reduce', 'reduce_ex', 'repr', 'str', 'dir', 'doc', 'class', 'subclasshook', 'class_getitem', 'setattr', 'delattr')} # no `forward` comes to these, but by name or by an assignment
 _special = ({n for kind in (int, float, list, dict, set, memoryview, FunctionType, property) for n in dir(kind) if n.startswith('__')} | {'__getattr__', '__missing__', '__next__', '__matmul__', '__imatmul__', '__torch_function__', '__array__'}) - _unasked # which an operator, or something else without a name, calls
 
 @functools.lru_cache(None)
@@ -151,9 +160,10 @@ def reached(
                 parts += [f for f in [getattr(o, '__wrapped__', None)] if f]
                 if package not in _known: parts += content(o)
                 if package not in _known | _python:
-                    mine,more = named_in(o)
-                    todo += [(v, True) for v in mine.values()]
+                    mine,more,asked = named_in(o)
+                    todo += [(v, True) for v in mine.values() if not (isinstance(v, type) and v in asked)]
                     names |= more
+                    seen |= asked
             elif isinstance(o, type): (seen if issubclass(o, nn.Module) else made).add(o)
             elif isinstance(o, functools._lru_cache_wrapper): parts.append(o.__wrapped__)
             else:
@@ -163,7 +173,7 @@ def reached(
         for c in made | seen:
             unnamed = _special - _making if c not in made else _special | _making
             by_name = names - {'forward'} if issubclass(c, nn.Module) else names | {'forward', 'setup_context'} if issubclass(c, torch.autograd.Function) else names
-            todo += [(f, False) for n,fs in _methods(c).items() for f in fs if (id(f), False) not in found and (n in by_name or n in unnamed or not callable(f))]
+            todo += [(f, False) for n,fs in _methods(c).items() for f in fs if (id(f), False) not in found and (n in by_name or n in unnamed)]
 
 # %% ../../nbs/01_fold.held.ipynb #476c36fd
 _containers = {list, dict, set, OrderedDict, SimpleNamespace, deque, defaultdict, Counter}
