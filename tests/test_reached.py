@@ -1,7 +1,8 @@
 "Code that a `forward` comes to by way of objects, tables, and functions of functions; and what it must not be left with."
-import abc, asyncio, collections.abc, functools, inspect, operator, typing
+import abc, asyncio, collections.abc, concurrent.futures, functools, gc, inspect, operator, random, secrets, typing
+from dataclasses import dataclass
 
-import pytest, torch
+import numpy as np, pytest, torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -174,3 +175,90 @@ def test_a_function_with_a_gradient_of_its_own():
         with torch.enable_grad(): want = model(x)
         new = BN_Folder().fold(model, *example)
         with torch.enable_grad(): assert torch.allclose(want, new(x))
+
+
+@dataclass
+class Record:
+    last: object = None
+    more: object = None
+class Frozen:
+    __slots__ = 'last',
+records, by_key = [Record()], {}
+def remembers(x, memo={}):
+    memo['last'] = x
+    return x
+def fills(x):
+    by_key['last'] = x
+    return x
+@functools.lru_cache(None)
+def halves(m): return m.conv.weight/2
+def counter():
+    n = 0
+    def count(x):
+        nonlocal n
+        n += 1
+        return x
+    return count
+def in_a_record(m, x):
+    m.records[0].last = x
+    return m.bn(m.conv(x))
+def in_a_record_of_a_record(m, x):
+    m.records[0].more.last = x
+    return m.bn(m.conv(x))
+def in_slots(m, x):
+    m.slots.last = x
+    return m.bn(m.conv(x))
+def in_a_global_record(m, x):
+    records[0].last = x
+    return m.bn(m.conv(x))
+def in_its_class(m, x):
+    m.__class__.last = x
+    return m.bn(m.conv(x))
+def in_an_array(m, x):
+    m.array[0] += 1
+    return m.bn(m.conv(x))
+keepers = dict(
+    in_a_default=lambda m, x: m.bn(m.conv(remembers(x))), by_a_helper=lambda m, x: m.bn(m.conv(fills(x))), in_a_cache=lambda m, x: m.bn(m.conv(x)) + halves(m).mean(),
+    in_a_closure=lambda m, x: m.bn(m.conv(m.count(x))), in_a_record=in_a_record, in_a_record_of_a_record=in_a_record_of_a_record, in_slots=in_slots,
+    in_a_global_record=in_a_global_record, in_its_class=in_its_class, in_an_array=in_an_array)
+
+
+@pytest.mark.parametrize('forward', keepers.values(), ids=keepers)
+@pytest.mark.parametrize('example', [(), (x,)], ids=['without', 'with'])
+def test_no_stand_in_is_left_anywhere(forward, example):
+    model = pair(forward)
+    model.records, model.slots, model.count, model.array = [Record(more=Record())], Frozen(), counter(), np.zeros(1)
+    by_key.clear()
+    halves.cache_clear()
+    new = BN_Folder().fold(model, *example)
+    gc.collect()
+    assert not [o for o in gc.get_objects() if issubclass(type(o), torch.fx.Proxy)]
+    same(model, new, [(x,), (odd,)])
+    assert model.array == 0 and model.count.__closure__[0].cell_contents == 0 and not hasattr(model.slots, 'last')
+
+
+async def later(layer, x): return layer(x)
+def runs_a_loop(m, x): return m.bn(asyncio.run(later(m.conv, x)))
+def in_a_thread(m, x):
+    with concurrent.futures.ThreadPoolExecutor(1) as pool: return m.bn(pool.submit(m.conv, x).result())
+
+
+@pytest.mark.parametrize('forward', [runs_a_loop, in_a_thread])
+def test_a_loop_or_a_thread_of_its_own(forward):
+    for example in ((), (x,)): folded(pair(forward), example, [(x,), (odd,)])
+    assert asyncio.run(later(lambda o: o, 1)) == 1
+
+
+def in_fx(m, x): return m.bn(m.conv(x).relu() if torch.fx._symbolic_trace.is_fx_tracing() else m.conv(x))
+def by_dynamo(m, x): return m.bn(m.conv(x).relu() if torch._dynamo.is_compiling() else m.conv(x))
+def by_utils(m, x): return m.bn(m.conv(x).relu() if torch._utils.is_compiling() else m.conv(x))
+def any_autocast(m, x): return m.bn(m.conv(x).relu() if torch._C._is_any_autocast_enabled() else m.conv(x))
+def by_system(m, x): return m.bn(m.conv(x).relu() if random.SystemRandom().random() < 2 else m.conv(x))
+def by_a_new_one(m, x): return m.bn(m.conv(x).relu() if np.random.default_rng().random() < 2 else m.conv(x))
+def by_secrets(m, x): return m.bn(m.conv(x).relu() if secrets.randbelow(9) < 20 else m.conv(x))
+def by_torch(m, x): return m.bn(m.conv(x).relu() if torch.rand(1, generator=torch.Generator()).item() < 2 else m.conv(x))
+
+
+@pytest.mark.parametrize('forward', [in_fx, by_dynamo, by_utils, any_autocast, by_system, by_a_new_one, by_secrets, by_torch])
+def test_more_that_tells_how_it_is_run_or_draws(forward):
+    for example in ((), (x,)): assert not BN_Folder().plan(pair(forward), *example).folded

@@ -21,15 +21,19 @@ from .held import behind, codes_in, held_in, is_authors, named_in, own_attribute
 
 # %% ../../nbs/02_fold.code.ipynb #61805bcc
 _asked = {'is_', 'is_not', 'getrefcount', 'is_tensor_like', 'has_torch_function', 'has_torch_function_unary', 'has_torch_function_variadic', 'grad_fn', 'needs_input_grad'} # as attributes
-STATES = {'torch': {'is_grad_enabled', 'is_inference_mode_enabled', 'is_autocast_enabled', 'is_autocast_cpu_enabled'}, 'torch.jit': {'is_tracing'},
-          'torch.compiler': {'is_compiling', 'is_dynamo_compiling', 'is_exporting'}, 'torch.onnx': {'is_in_onnx_export'}, 'torch._C': {'is_grad_enabled', 'is_inference_mode_enabled', '_get_tracing_state'}} # how a run is run: a trace gives both answers
-_states = {getattr(sys.modules[space], n) for space,asks in STATES.items() if space in sys.modules for n in asks if hasattr(sys.modules[space], n)}
+_autocasts = {'is_autocast_enabled', 'is_autocast_cpu_enabled', 'is_autocast_xla_enabled', 'is_autocast_ipu_enabled'}
+STATES = {'torch': {'is_grad_enabled', 'is_inference_mode_enabled', *_autocasts}, 'torch._C': {'is_grad_enabled', 'is_inference_mode_enabled', '_get_tracing_state', '_is_tracing', '_is_any_autocast_enabled', *_autocasts},
+          'torch.jit': {'is_tracing'}, 'torch.jit._trace': {'is_tracing'}, 'torch.compiler': {'is_compiling', 'is_dynamo_compiling', 'is_exporting'}, 'torch._utils': {'is_compiling'}, 'torch._dynamo': {'is_compiling'},
+          'torch._dynamo.external_utils': {'is_compiling'}, 'torch.fx._symbolic_trace': {'is_fx_tracing', 'is_fx_symbolic_tracing'}, 'torch.onnx': {'is_in_onnx_export'}} # how a run is run: a trace gives both answers
+_state_names = {n for asks in STATES.values() for n in asks}
 _answers = {type, callable, id, vars, eval, exec, operator.is_, operator.is_not, *(getattr(space, n) for space in (sys, torch, torch.overrides) for n in _asked & {*dir(space)})} # see through a stand-in, or tell what a trace does not share with a run
 _isinstance = isinstance # a trace puts another in its place
 
 KINDS_ASKED = 'it asks `type`', 'it asks `callable`' # the same for every tensor
 
-def is_state(o): return any(o is s for s in _states)
+@functools.lru_cache(None)
+def _states(spaces): return {id(getattr(o, 'stands_for', o)) for space in spaces for n in STATES[space] if (o := vars(sys.modules[space]).get(n))}
+def is_state(o): return getattr(o, '__name__', '') in _state_names and id(o) in _states(tuple(s for s in STATES if s in sys.modules))
 def _is_answer(o): return any(o is a for a in _answers)
 
 _containers = (list, tuple, dict, set)
@@ -77,6 +81,7 @@ def _of_autocast(held):
 def _asks(f):
     "What the code of a function asks"
     held = named_in(f)[0]
+    if f.__code__.co_flags & (inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR): return 'it runs when something awaits it'
     of_containers = not ('type' in f.__globals__ and not hasattr(f.__globals__['type'], 'stands_for')) # which a trace can answer, but where the author has a `type` of their own
     for c in codes_in(f.__code__):
         code,answered = [*dis.get_instructions(c)], set()
@@ -86,7 +91,8 @@ def _asks(f):
             if i.opname in ('MATCH_CLASS', 'MATCH_SEQUENCE', 'MATCH_MAPPING'): return 'it matches classes'
             if i.opname.startswith('LOAD_ATTR') and i.argval == '__class__' and code[at-1].argval != 'self': return f'it asks `{i.argval}`'
             if i.opname == 'IS_OP' and not (i.offset in answered or code[at-1].opname == 'LOAD_CONST' and (code[at-1].argval is None or _is_setting(code[:at-1], held))): return 'it compares with `is`'
-            if i.opname.startswith(('LOAD_ATTR', 'LOAD_METHOD')) and (i.argval in _asked or held.get(code[at-1].argval) is builtins and i.argval in dir(builtins)): return f'it asks `{i.argval}`'
+            unseen = i.argval in _state_names and (space := f'torch.{code[at-1].argval}') in STATES and space not in sys.modules # imported as it is asked
+            if i.opname.startswith(('LOAD_ATTR', 'LOAD_METHOD')) and (i.argval in _asked or unseen or held.get(code[at-1].argval) is builtins and i.argval in dir(builtins)): return f'it asks `{i.argval}`'
             if i.opname.startswith(('LOAD_GLOBAL', 'LOAD_DEREF')) and isinstance(o := held.get(i.argval), Callable):
                 if o is _isinstance and i.argval != 'isinstance': return 'it asks `isinstance` by another name'
                 if o is type and of_containers and c is f.__code__ and (compares := _of_containers(code[at+1:], held)) is not None: answered.add(compares)

@@ -40,9 +40,7 @@ def is_record(kind):
     "Is `kind` a class of the model's own author, whose objects hold what they are given?"
     return package_of(kind) not in _python | _known | {'numpy', 'fastai', 'fastcore'} and not issubclass(kind, (nn.Module, Tensor, type))
 
-def _attributes(o):
-    "What is in the attributes of an object, `__slots__` too"
-    return [*getattr(o, '__dict__', {}).values(), *(getattr(o, n) for c in type(o).__mro__ for n in vars(c).get('__slots__', ()) if not n.startswith('__') and hasattr(o, n))]
+def _slots(o): return {n: getattr(o, n) for c in type(o).__mro__ for n in vars(c).get('__slots__', ()) if not n.startswith('__') and hasattr(o, n)}
 
 def content(o):
     "What an object holds, as far as a `forward` would reach for it"
@@ -52,7 +50,7 @@ def content(o):
     if isinstance(o, FunctionType): return [*(c.cell_contents for n,c in zip(o.__code__.co_freevars, o.__closure__ or ()) if n != '__class__' and c != CellType()), *(o.__defaults__ or ()), *(o.__kwdefaults__ or {}).values()]
     if isinstance(o, functools.partial): return [o.func, *o.args, *o.keywords.values()]
     if isinstance(o, weakref.ref): return [o()]
-    return _attributes(o) if isinstance(o, (nn.Module, SimpleNamespace)) or is_record(type(o)) else []
+    return [*getattr(o, '__dict__', {}).values(), *_slots(o).values()] if isinstance(o, (nn.Module, SimpleNamespace)) or is_record(type(o)) else []
 
 _own = vars(nn.Module()).keys() # PyTorch's own
 
@@ -191,7 +189,7 @@ def _differs(o, old):
 
 class Memory:
     "What objects hold, and all that they reach: lists, dicts, sets, records, modules, cells of functions, tensors and NumPy arrays"
-    def __init__(self): self.seen,self.before,self.tensors,self.arrays,self.cells = set(),[],[],[],[]
+    def __init__(self): self.seen,self.before,self.tensors,self.arrays,self.cells,self.slotted = set(),[],[],[],[],[]
 
     def note(self, *objects):
         "Note what these hold now, and what they reach does"
@@ -208,6 +206,7 @@ class Memory:
             if kind is FunctionType: self.cells += [(c, c.cell_contents) for c in o.__closure__ or () if c != CellType()]
             held = o if kind in _containers and kind is not SimpleNamespace else vars(o) if hasattr(o, '__dict__') and (isinstance(o, (nn.Module, SimpleNamespace)) or is_record(kind)) else None
             if held is not None: self.before.append((held, held.copy()))
+            elif is_record(kind): self.slotted.append((o, _slots(o)))
             todo += [*own_attributes(o), o._parameters, o._buffers, o._modules] if isinstance(o, nn.Module) else content(o)
 
     def changed(self):
@@ -222,6 +221,9 @@ class Memory:
                 (o.extend if isinstance(o, (list, deque)) else o.update)(old)
         for array,old in self.arrays: array[...] = old
         for cell,old in self.cells: cell.cell_contents = old
+        for o,old in self.slotted:
+            for n in _slots(o).keys() - old.keys(): delattr(o, n)
+            for n,v in old.items(): setattr(o, n, v)
 
 @contextmanager
 def untouched(

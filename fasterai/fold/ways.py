@@ -24,12 +24,13 @@ from .standin import Impossible, Node, Number, Opaque, StandIn, Weight, asked_ag
 
 # %% ../../nbs/04_fold.ways.ipynb #94f1e555
 _max_choices = 12
+_in_autocast = torch._C._is_any_autocast_enabled # a trace puts another in its place
 _plain_python = {*sys.stdlib_module_names, 'numpy'} # in whose modules nothing is put
 
 class _Tracer(fx.proxy.TracerBase):
     "Goes through a part of a model and all that it calls, but for the `opaque` modules"
     def __init__(self, names, params, opaque, random):
-        self.names,self.params,self.opaque,self.nodes,self.autocast = names,params,opaque,[],torch._C._is_any_autocast_enabled()
+        self.names,self.params,self.opaque,self.nodes,self.autocast = names,params,opaque,[],_in_autocast()
         self.memory,self.prepared,self.readings = None,set(),{}
         self.random,self.thread,self.stack,self.frames,self.calls,self.read,self.proxies,self.branched,self.patched,self.tries,self.made,self.decided = random,threading.get_ident(),[],[],[],set(),{},set(),[],0,[],[]
 
@@ -184,7 +185,7 @@ class _Tracer(fx.proxy.TracerBase):
         return self.create_node('get_attr', '', content_of(a), {})
 
     def create_node(self, kind, target, args, kwargs, name=None, type_expr=None):
-        if torch._C._is_any_autocast_enabled() != self.autocast: raise Opaque(self.here(), 'it switches autocast on or off')
+        if _in_autocast() != self.autocast: raise Opaque(self.here(), 'it switches autocast on or off')
         node = Node(kind, target, args, kwargs, tuple(self.stack))
         self.nodes.append(node)
         return node
