@@ -1,11 +1,12 @@
 "Code that a `forward` comes to by way of objects, tables, and functions of functions; and what it must not be left with."
-import abc, asyncio, collections.abc, concurrent.futures, functools, gc, inspect, operator, random, secrets, typing
+import abc, asyncio, collections.abc, concurrent.futures, functools, gc, inspect, itertools, operator, random, secrets, types, typing
 from dataclasses import dataclass
 
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 from torch import nn
 
+from fasterai.fold.verify import difference, run
 from fasterai.misc.bn_folding import BN_Folder
 from helpers import assert_untouched, fold, net, randomise, snapshot
 from test_ways import bn, conv, folded, odd, pair, same, x
@@ -60,11 +61,11 @@ def test_an_exception_caught_in_code_far_away(way):
     for example in ((), (x,)): assert not folded(model, example, [(x,), (x[0],)]).folded
 
 
-types = dict(a=type)
+kinds = dict(a=type)
 class Typed:
     of = type
 asks = dict(
-    table=lambda m, y: y if types['a'](y) is torch.Tensor else y.relu(), of_a_class=lambda m, y: y if Typed.of(y) is torch.Tensor else y.relu(),
+    table=lambda m, y: y if kinds['a'](y) is torch.Tensor else y.relu(), of_a_class=lambda m, y: y if Typed.of(y) is torch.Tensor else y.relu(),
     mapped=lambda m, y: y if [*map(type, [y])] == [torch.Tensor] else y.relu(), held=lambda m, y: y if m.kind['a'](y) is torch.Tensor else y.relu())
 
 
@@ -262,3 +263,78 @@ def by_torch(m, x): return m.bn(m.conv(x).relu() if torch.rand(1, generator=torc
 @pytest.mark.parametrize('forward', [in_fx, by_dynamo, by_utils, any_autocast, by_system, by_a_new_one, by_secrets, by_torch])
 def test_more_that_tells_how_it_is_run_or_draws(forward):
     for example in ((), (x,)): assert not BN_Folder().plan(pair(forward), *example).folded
+
+
+class Chooser:
+    def __call__(self, m, x, kw): return m.bn(m.conv(x)) if kw.get('n', 2) == 2 else m.conv(x)
+    def of(self, kw): return [m for m in (self.m.conv, self.m.bn)][:kw['n']] if kw else [self.m.conv, self.m.bn]
+def near(m, x, kw): return far(m, x, kw)
+def far(m, x, kw): return m.bn(m.conv(x)) if kw.get('n', 2) == 2 else m.conv(x)
+def runs(layers, x): return functools.reduce(lambda y, f: f(y), layers, x)
+def in_turn(m, x, **kw):
+    for f in itertools.islice((m.conv, m.bn), kw.get('n', 2)): x = f(x)
+    return x
+def through_a_stack(m, x, **kw):
+    todo = [m.bn, m.conv]
+    for _ in range(kw.get('n', 2)): x = todo.pop()(x)
+    return x
+def while_(m, x, **kw):
+    n = 0
+    while n < kw.get('n', 2): x, n = (m.conv, m.bn)[n](x), n+1
+    return x
+by_the_caller = dict(
+    reduced=lambda m, x, **kw: functools.reduce(lambda y, f: f(y), [m.conv, m.bn][:kw.get('n', 2)], x), helper=lambda m, x, **kw: runs((m.conv, m.bn)[:kw.get('n', 2)], x),
+    sliced=lambda m, x, **kw: m.net[:kw.get('n', 2)](x), by_a_text=lambda m, x, **kw: m.named[f"way{kw.get('n', 2)}"](x), by_a_sum=lambda m, x, **kw: m.named['way' + str(kw.get('n', 2))](x),
+    policy=lambda m, x, **kw: m.policy(m, x, kw), method_of_a_policy=lambda m, x, **kw: runs(m.policy.of(kw), x), far=lambda m, x, **kw: near(m, x, kw), in_turn=in_turn, through_a_stack=through_a_stack, while_=while_,
+    mapped=lambda m, x, **kw: [*itertools.accumulate([x, *(m.conv, m.bn)[:kw.get('n', 2)]], lambda y, f: f(y))][-1], item=lambda m, x, **kw: operator.itemgetter(kw.get('n', 2))({1: m.conv, 2: m.net})(x),
+    get=lambda m, x, **kw: operator.attrgetter('net' if kw.get('n', 2) == 2 else 'conv')(m)(x), boolean=lambda m, x, **kw: m.conv(x) if kw.get('n', 2) < 2 else m.bn(m.conv(x)), or_=lambda m, x, **kw: (kw.get('n', 2) == 1 and m.conv or m.net)(x),
+    tensor=lambda m, x, **kw: torch.stack([m.conv(x), m.bn(m.conv(x))])[kw.get('n', 2)-1], max_=lambda m, x, **kw: max((m.conv, 1), (m.net, kw.get('n', 2)-.5), key=lambda o: o[1])[0](x))
+
+
+@pytest.mark.parametrize('way', by_the_caller)
+def test_a_parent_that_cannot_be_followed_goes_by_what_it_is_given(way):
+    c, b = conv(), bn()
+    model = net(by_the_caller[way], conv=c, bn=b, net=nn.Sequential(c, b), named=nn.ModuleDict(dict(way1=nn.Sequential(c), way2=nn.Sequential(c, b))))
+    model.policy = Chooser()
+    model.policy.m = types.SimpleNamespace(conv=c, bn=b)
+    new = BN_Folder().fold(model, x)
+    for kw in ({}, dict(n=1), dict(n=2)): assert difference(run(model, (x,), kw), run(new, (x,), kw)).relative < 1e-12
+    new = BN_Folder().fold(model, x, n=1)
+    for kw in ({}, dict(n=1), dict(n=2)): assert difference(run(model, (x,), kw), run(new, (x,), kw)).relative < 1e-12
+
+
+def test_layers_that_stand_in_several_places_of_a_parent_that_cannot_be_followed():
+    c, b = conv(), bn()
+    for forward in (lambda m, x, **kw: m.named[kw.get('way', 'both')](x), lambda m, x, **kw: m.both(x) if kw.get('way', 'both') == 'both' else m.one(x)):
+        model = net(forward, named=nn.ModuleDict(dict(both=nn.Sequential(c, b), one=nn.Sequential(c))), both=nn.Sequential(c, b), one=nn.Sequential(c))
+        new = BN_Folder().fold(model, x)
+        for kw in ({}, dict(way='one')): assert difference(run(model, (x,), kw), run(new, (x,), kw)).relative < 1e-12
+
+
+numbers_given = dict(
+    pad=(lambda m, x, mode='reflect', **kw: m.one(F.pad(m.bn(x), (1, 1, 1, 1), mode=mode)), dict(mode='constant')), narrow=(lambda m, x, at=0, **kw: m.bn(m.wide(x).narrow(1, at, 4)), dict(at=4)),
+    part=(lambda m, x, at=0, **kw: m.bn(m.wide(x)[:, at:at+4]), dict(at=4)), order=(lambda m, x, order=(0, 1, 3, 2), **kw: m.one(m.bn(x[..., :4, :4]).permute(order)), dict(order=(0, 2, 1, 3))),
+    dropout=(lambda m, x, on=False, **kw: m.bn(F.dropout(m.conv(x), 1., training=on)), dict(on=True)), chunk=(lambda m, x, at=0, **kw: m.bn(m.wide(x).chunk(2, 1)[at]), dict(at=1)),
+    select=(lambda m, x, at=0, **kw: m.bn(m.wide(x).view(2, 2, 4, 8, 8).select(1, at)), dict(at=1)), pool=(lambda m, x, counts=False, **kw: m.one(F.avg_pool2d(m.bn(x), 3, 1, 1, count_include_pad=counts)), dict(counts=True)),
+    roll=(lambda m, x, by=0, **kw: m.bn(m.conv(x).roll(by, 1)), dict(by=1)), flip=(lambda m, x, along=2, **kw: m.bn(m.conv(x).flip(along)), dict(along=1)), power=(lambda m, x, n=1, **kw: m.bn(m.conv(x)**n), dict(n=2)),
+    scale=(lambda m, x, n=1, **kw: m.bn(m.conv(x)*n), dict(n=2)), add=(lambda m, x, n=0, **kw: m.bn(m.conv(x) + n), dict(n=2)), dim=(lambda m, x, dim=2, **kw: m.one(torch.cat([m.bn(x), m.bn(x)], dim)[:, :4]), dict(dim=1)),
+    clamp=(lambda m, x, low=-1e9, **kw: m.bn(m.conv(x).clamp(low)), dict(low=0)), stride=(lambda m, x, by=1, **kw: m.bn(F.conv2d(x, m.conv.weight, m.conv.bias, by)), dict(by=2)),
+    padding=(lambda m, x, by=0, **kw: F.conv2d(m.bn(x), m.conv.weight, m.conv.bias, 1, by), dict(by=1)), memory=(lambda m, x, how=torch.contiguous_format, **kw: m.bn(m.conv(x).contiguous(memory_format=how)), dict(how=torch.channels_last)),
+    upsample=(lambda m, x, by=2, mode='nearest', **kw: m.one(F.interpolate(m.bn(x), scale_factor=by, mode=mode)), dict(by=3, mode='bilinear')), mean=(lambda m, x, over=(2, 3), **kw: m.bn(m.conv(x).mean(over, keepdim=True).expand(2, 4, 8, 8)), dict(over=(1, 2))),
+    shuffle=(lambda m, x, groups=1, **kw: m.bn(F.channel_shuffle(m.conv(x), groups)), dict(groups=2)), pixels=(lambda m, x, by=1, **kw: m.bn(F.pixel_unshuffle(m.few(x), by)[:, :4].expand(2, 4, 8//by, 8//by)), dict(by=2)),
+    split=(lambda m, x, size=4, **kw: m.bn(torch.cat(m.wide(x).split(size, 1)[::-1], 1)[:, :4]), dict(size=2)), groups=(lambda m, x, groups=1, **kw: m.bn(F.conv2d(x, m.conv.weight[:, :4//groups], None, 1, 1, 1, groups)), dict(groups=2)),
+    stack=(lambda m, x, at=2, **kw: m.bn(torch.stack([m.conv(x), m.conv(x)], at).flatten(1, 2)[:, :4].view(2, 4, 8, -1)), dict(at=1)), moved=(lambda m, x, at=1, **kw: m.bn(m.conv(x[..., :4, :4]).movedim(1, at)), dict(at=2)),
+    unbound=(lambda m, x, at=0, **kw: m.bn(m.wide(x).unflatten(1, (2, 4)).unbind(1)[at]), dict(at=1)), repeated=(lambda m, x, n=1, **kw: m.bn(m.conv(x).repeat(1, n, 1, 1)[:, ::n]), dict(n=2)))
+
+
+@pytest.mark.parametrize('way', numbers_given)
+def test_a_caller_gives_numbers_to_operations(way):
+    forward, kw = numbers_given[way]
+    model = net(forward, conv=conv(), bn=bn(), wide=conv(8), few=conv(1), one=nn.Conv2d(4, 4, 1))
+    for given, other in (({}, kw), (kw, {})):
+        new = BN_Folder().fold(model, x, **given)
+        for more in (given, other):
+            torch.manual_seed(0)
+            want = run(model, (x,), more)
+            torch.manual_seed(0)
+            assert difference(want, run(new, (x,), more)).relative < 1e-12

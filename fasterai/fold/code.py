@@ -124,14 +124,20 @@ def _read(cls, inside, held):
         elif is_authors(o): functions.append(o)
     return Reading('', tuple(dict.fromkeys(functions)), tuple(others))
 
+def _held_by(m): return [o for v in own_attributes(m) for o in held_in(v, object, but=(nn.Module, torch.Tensor, type))]
+
+def _start(m, held):
+    "Where to start from to find what the code of `m` comes to: see `reached`"
+    code = [o for o in held if isinstance(o, (FunctionType, BuiltinFunctionType, type, functools._lru_cache_wrapper))]
+    return type(m), frozenset(map(type, (*m.modules(), *(o for o in held if not isinstance(o, type))))), frozenset(code)
+
 def reading(
     m:nn.Module,
 )->Reading:
     "What the `forward` of `m`, and all that it comes to, asks that can't be answered"
-    held = [o for v in own_attributes(m) for o in held_in(v, object, but=(nn.Module, torch.Tensor, type))]
-    code = [o for o in held if isinstance(o, (FunctionType, BuiltinFunctionType, type, functools._lru_cache_wrapper))]
+    held = _held_by(m)
     why = next(filter(None, (_asked_by(o, False) for o in held if not isinstance(o, (nn.Module, torch.Tensor, FunctionType)))), '')
-    return Reading(why) if why else _read(type(m), frozenset(map(type, (*m.modules(), *(o for o in held if not isinstance(o, type))))), frozenset(code))
+    return Reading(why) if why else _read(*_start(m, held))
 
 def asked_for_none(
     m:nn.Module,
@@ -220,12 +226,13 @@ def _chooses(code, at):
 
 def may_choose(
     m:nn.Module,
-    helpers:bool=True, # Look at the functions of its author's that it calls, too?
+    helpers:bool=True, # Look at all that it comes to?
 )->bool:
-    "Is there an `if` in the code of `m`, or anything else that chooses?"
-    own = _own_functions(m)
-    called = {g for f in own for g in named_in(f)[0].values() if is_authors(g)} if helpers else ()
-    return any(_chooses(code, at) for f in (*own, *called) for code in _instructions(f) for at in range(len(code)))
+    "Is there an `if` in the code of `m`, or anything else that chooses? An argument that may be left out is given to something, and another may be"
+    ps = [*inspect.signature(m.forward).parameters.values()]
+    if any(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in ps): return True
+    functions = (o for o,_ in reached(*_start(m, _held_by(m))) if is_authors(o)) if helpers else _own_functions(m)
+    return any(_chooses(code, at) for f in functions for code in _instructions(f) for at in range(len(code)))
 
 _walks = {'modules', 'children', 'named_modules', 'named_children', 'get_submodule', '_modules', 'apply', '__getattr__', '__getattribute__', '__dict__', 'vars', 'state_dict'}
 def _is_self(i, f): return i.opname.startswith(('LOAD_FAST', 'LOAD_DEREF')) and i.argval in f.__code__.co_varnames[:1]

@@ -46,8 +46,13 @@ class Finder:
         reaches = {at: may_reach(flow.modules[at]) for at in {*(symbolic or flow).unknown.values()}} if symbolic else {}
         places = {}
         for n,m in flow.modules.items(): places.setdefault(m, []).append(n)
+        def called_by(n): # the module in whose `forward` a call of `n` is written
+            n = n.rpartition('.')[0]
+            return called_by(n) if n and isinstance(flow.modules[n], (nn.ModuleList, nn.ModuleDict)) else n
         def inside(n, at): # is `n` in its place below `at`, and does `at` call what it is in and no more?
-            return under(n, at) and not any(reaches[at](p[len(at):].removeprefix('.')) for p in places[flow.modules[n]] if under(p, at) and p != at)
+            own = places[flow.modules[n]]
+            if len(own) > 1 and any(called_by(p) in symbolic.failed for p in own): return False # elsewhere it was followed
+            return under(n, at) and not any(reaches[at](p[len(at):].removeprefix('.')) for p in own if under(p, at) and p != at)
         self.unknown = {n: at for n,at in (symbolic or flow).unknown.items() if symbolic is None or not inside(n, at)}
         self.unfollowed,self.failed = (symbolic or flow).unknown,(symbolic or flow).failed # the same, wherever that is; and why
         memory = {}

@@ -271,7 +271,7 @@ def trace_flow(
         for name,m in model.named_modules():
             if m in seen and type(m) not in opaque: continue
             if name and (type(m).forward is nn.Module.forward or known_layer(m) or plain_batchnorm(m)): continue
-            if type(m).forward is nn.Sequential.forward and name and seen.issuperset(m): continue # nobody calls it, but for what it holds
+            if type(m).forward is nn.Sequential.forward and name and seen.issuperset(m) and not any(under(name, f) for f in flow.failed): continue # nobody calls it, but for what it holds
             seen.add(m)
             tracers = _trace_root(m, flow, names, opaque)
             if len(tracers) > 1: flow.branches |= _chosen(name, tracers)
