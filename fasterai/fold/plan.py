@@ -235,8 +235,7 @@ def in_all_ways(
     through = {} # the modules that a value goes into or comes out of
     for e in flow.entries:
         for v in (*e.args, *e.outs): through.setdefault(v, set()).add(e.name)
-    entered = {e.name for e in flow.entries}
-    callers = lambda f, weight: {c.stack[-2:] for c in f.params[weight].readers if c.stack[-2:][0] in entered}
+    callers = lambda f, weight: {c.stack[-2:] for c in f.params[weight].readers}
     runs = lambda f, name: {e.stack[-2:] for e in f.entries if e.name == name}
     more = lambda traced, run: {s for s in traced - run if len(s) > 1 or s[0] not in {r[-1] for r in run}} # one that was traced by itself says nothing of its caller
     undecided = flow.branches | symbolic.undecided | (flow.askers & symbolic.failed.keys())
