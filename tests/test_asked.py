@@ -247,7 +247,15 @@ sizes = dict(
     averages=(lambda y: y.mean((2, 3)).view(-1, 4), True),
     first_places=(lambda y: F.avg_pool2d(y, 4).view(y.shape[0], -1)[:, :4], False),
     first_images=(lambda y: y.mean((2, 3)).view(y.shape[0], -1)[:, :4], True),
-    its_own=(lambda y: y.view(-1, y.shape[1], y.shape[2]*y.shape[3]).mean(2), True))
+    its_own=(lambda y: y.view(-1, y.shape[1], y.shape[2]*y.shape[3]).mean(2), True),
+    again=(lambda y: F.avg_pool2d(y, 8).flatten(1).view(-1, 4), False),
+    nothing_cut=(lambda y: F.avg_pool2d(y, 8).flatten(1)[:, :4], False),
+    nothing_narrowed=(lambda y: F.avg_pool2d(y, 8).flatten(1).narrow(1, 0, 4), False),
+    back=(lambda y: F.avg_pool2d(y, 8).view(y.shape[0], -1).unflatten(1, (-1, 4)).flatten(0, 1), False),
+    all_of_it=(lambda y: y.mean((2, 3))[:, :][:, 0:], True),
+    channels=(lambda y: y.mean((2, 3))[:, :4].view(y.shape[0], 4), True),
+    like_another=(lambda y: F.avg_pool2d(y, 8).view_as(y.new_ones(F.avg_pool2d(y, 8).numel()//4, 4)), False),
+    in_numbers=(lambda y: F.avg_pool2d(y.view(-1, 4, 8, 8), 8).reshape(-1, 4), False))
 
 
 @pytest.mark.parametrize('name', sizes)

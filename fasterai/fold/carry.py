@@ -137,9 +137,11 @@ def _has_room(call, label):
     "Does a `view` with numbers put other axes together where sizes that are not sure are others, so that `label` does not hold there?"
     x,sizes = call.args[0], call.args[1] if len(call.args) > 1 else ()
     if call.literal and call.op == 'unflatten': return -1 in _arg(call, 2, 'sizes', ()) and not _is_sure(x, _axis(torch.empty([1]*len(x.shape)), _arg(call, 1, 'dim')))
-    if not call.literal or not isinstance(sizes, (list, tuple)) or -1 not in sizes or 0 in x.shape: return False # a number fits no other size
-    given,parts = -prod(sizes), lambda shape: [(len(a), len(b)) for a,b in _groups(shape, [prod(shape)//given if n == -1 else n for n in sizes])]
-    others = [x.shape[:d] + (2*n,) + x.shape[d+1:] for d,n in enumerate(x.shape) if not _is_sure(x, d)]
+    if not call.literal or not isinstance(sizes, (list, tuple)) or 0 in x.shape: return False
+    given,parts = abs(prod(sizes)), lambda shape: [(len(a), len(b)) for a,b in _groups(shape, [prod(shape)//given if n == -1 else n for n in sizes])]
+    unsure = [d for d in range(len(x.shape)) if not _is_sure(x, d)]
+    scaled = lambda **by: tuple(int(n*by.get(f'd{d}', 1)) for d,n in enumerate(x.shape))
+    others = [scaled(**{f'd{d}': 2}) for d in unsure] if -1 in sizes else [scaled(**{f'd{d}': x.shape[e], f'd{e}': 1/x.shape[e]}) for d in unsure for e in unsure if d != e]
     return any(parts(o) != parts(x.shape) for o in others if prod(o) % given == 0)
 
 def _reshape(call, label, old, new):

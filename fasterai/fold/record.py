@@ -6,7 +6,7 @@
 __all__ = ['tensors_in', 'record_flow']
 
 # %% ../../nbs/04_fold.record.ipynb #7cf6eab1
-import gc,inspect,threading
+import gc,inspect,sys,threading
 from contextlib import ExitStack, contextmanager
 from itertools import product
 
@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .carry import SAME
+from .carry import PARTS, RESHAPES, SAME
 from .known import custom_op
 from .flow import Entry, Flow, Value, mapped, read_written_out, values_in
 from .held import same_random_state, untouched, young_garbage
@@ -60,6 +60,9 @@ _makers = {'tensor', 'as_tensor', 'asarray', 'new_tensor', 'new', 'sparse_coo_te
 _leaks = {'numpy', 'tolist', '__array__', '__index__', '__int__', '__float__', '__complex__', 'data_ptr', '__dlpack__', 'storage', 'untyped_storage', 'share_memory_', '__repr__', '__str__', '__format__', '__reduce_ex__', '__deepcopy__', '__cuda_array_interface__'}
 
 _as_given = SAME | {'alias', 'flatten'} # give what they are given, whatever its size
+_by_size = RESHAPES | PARTS # may give what they are given at one size, and something else at another
+
+def _is_whole(x, dim=0, start=None, end=None, step=1): return not start and (end is None or end >= sys.maxsize) and step == 1
 
 class _Recorder(TorchDispatchMode):
     "Writes every operation into a flow"
@@ -103,9 +106,10 @@ class _Recorder(TorchDispatchMode):
         for t in (*written, *statistics): self.keep(t)
         out = func(*args, **kwargs)
         for t in written: self.memory.write(t)
-        new = [self.result(t) for t in [*written, *values_in(out, Tensor)]]
+        whole = op == 'slice' and _is_whole(*args, **kwargs)
+        new = [self.result(t, op in _by_size and not whole) for t in [*written, *values_in(out, Tensor)]]
         made = [v for v,fresh in new if fresh]
-        if not made and not written and op not in _as_given: # it gives what it was given, as it is written perhaps for this size alone
+        if not made and not written and not whole and op not in _as_given: # it gives what it was given, as it is written perhaps for this size alone
             for v in values_in(taken): v.asked = True
         if made or written or not values_in(out, Tensor):
             self.flow.add(op.removesuffix('_'), *taken, [v for v,_ in new][len(written):] or made, tuple(self.stack), bool(written))
@@ -120,11 +124,11 @@ class _Recorder(TorchDispatchMode):
         given = [(a, args[i] if i < len(args) else kwargs.get(a.name)) for i,a in enumerate(func._schema.arguments)]
         return [t for a,o in given if a.alias_info is not None and a.alias_info.is_write for t in values_in(o, Tensor)]
 
-    def result(self, t):
-        "The value of a tensor that was just made, and whether it is a new one"
+    def result(self, t, anew):
+        "The value of a tensor that was just made, and whether it is a new one; `anew`: even where there is one in this place"
         if t.layout is not torch.strided: return Value(tuple(t.shape), dtype=t.dtype), True
         values,geometry = self.memory.at(t),_geometry(t)
-        if geometry in values: return values[geometry], False
+        if geometry in values and not anew: return values[geometry], False
         if not values: self.made.add(t.untyped_storage()._cdata)
         values[geometry] = Value(tuple(t.shape), dtype=t.dtype)
         return values[geometry], True
@@ -146,6 +150,15 @@ def _name(func):
     name = getattr(func, '__name__', '')
     return getattr(func.__self__, '__name__', '') if name == '__get__' else name
 
+def _as_cut(x, index):
+    "`x[index]`, of which PyTorch says nothing, where it takes all that there is at this size, as a cut that is an operation"
+    index,axis = index if isinstance(index, tuple) else (index,), 0
+    for at,i in enumerate(index):
+        if i is Ellipsis: axis = x.dim() - len(index) + at
+        elif type(i) is slice and type(i.stop) is int and type(i.start) in (int, type(None)): x = torch.ops.aten.slice.Tensor(x, axis, i.start, i.stop, i.step or 1)
+        axis += 1
+    return x
+
 class _Leaks(TorchFunctionMode):
     "Marks the values that Python takes out, and those whose shape it asks for"
     def __init__(self, recorder): super().__init__(); self.recorder = recorder
@@ -161,7 +174,9 @@ class _Leaks(TorchFunctionMode):
         elif _name(func) in _asks:
             with torch._C.DisableTorchFunction(): self.recorder.value(args[0]).asked = True
             self.recorder.flow.askers.update(self.recorder.stack[-1:])
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        cut = func is Tensor.__getitem__ and out.layout is torch.strided and args[0].layout is torch.strided and out.data_ptr() == args[0].data_ptr() and _geometry(out) == _geometry(args[0])
+        return _as_cut(*args) if cut else out
 
 # %% ../../nbs/04_fold.record.ipynb #041d4c9f
 _with_kwargs = {'with_kwargs': True} if 'with_kwargs' in inspect.signature(register_module_forward_hook).parameters else {}

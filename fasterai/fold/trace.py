@@ -17,7 +17,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .carry import ORDERS, PARTS, RESHAPES, Stop, order
 from .code import KINDS_ASKED, may_choose, variants
-from .flow import SHAPED_LIKE, Entry, Flow, Value, mapped, naming, read_written_out, tensors_of, under, values_in
+from .flow import SHAPED_LIKE, Call, Entry, Flow, Value, mapped, naming, read_written_out, tensors_of, under, values_in
 from .held import held_in, uncollected
 from .known import METADATA, called_plainly, custom_op, is_plain, known_layer, plain_batchnorm, plain_in
 from .layers import LAYERS, layer_call, out_channels
@@ -124,13 +124,17 @@ def note_sizes(
     if not any(c.op in RESHAPES | PARTS for c in flow.calls): return # nobody asks
     sizes = {} # of the `view`s in each module
     for c in symbolic.calls:
-        if c.op in RESHAPES: sizes.setdefault(c.module, []).extend(o for a in c.args[1:] for o in (a if isinstance(a, (tuple, list)) else [a]))
-    computed = {m for m,numbers in sizes.items() if not any(type(n) is int and n > 1 for n in numbers)}
+        if c.op in RESHAPES: sizes.setdefault(c.module, []).extend([c] if c.op in SHAPED_LIKE else [o for a in c.args[1:] for o in (a if isinstance(a, (tuple, list)) else [a])])
+    given = lambda n: type(n) is int and n > 1 or isinstance(n, (Call, Value)) # in the code, by a caller, or as another tensor has them
+    computed = {m for m,numbers in sizes.items() if not any(map(given, numbers))}
+    written = {m for m,numbers in sizes.items() if all(map(given, numbers))} # nothing but numbers
     unsure = lambda v: (None,)*len(v.shape)
     known = lambda v: Value(v.sure or (v.shape if v.name else unsure(v)))
     for c in flow.calls:
-        c.literal = c.op in RESHAPES and c.module not in computed
-        shape = _shape_of(c.op, *mapped((c.args, c.kwargs), Value, known)) if len(c.outs) == 1 and c.op not in RESHAPES else None
+        rest = any(-1 in o for o in c.args[1:] if isinstance(o, (tuple, list)))
+        c.literal = c.op in RESHAPES and c.module not in computed and (rest or c.module in written)
+        same = c.op in RESHAPES and not c.literal and c.outs[0].shape == c.args[0].shape # its sizes are computed, and it changes nothing
+        shape = known(c.args[0]).shape if same else _shape_of(c.op, *mapped((c.args, c.kwargs), Value, known)) if len(c.outs) == 1 and c.op not in RESHAPES else None
         for v in c.outs: v.sure = unsure(v) if shape is None else shape
 
 # %% ../../nbs/05_fold.trace.ipynb #eabd78b2
