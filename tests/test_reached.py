@@ -1,5 +1,5 @@
 "Code that a `forward` comes to by way of objects, tables, and functions of functions; and what it must not be left with."
-import abc, asyncio, collections.abc, concurrent.futures, functools, gc, inspect, itertools, operator, random, secrets, types, typing
+import abc, asyncio, collections.abc, concurrent.futures, functools, gc, inspect, itertools, operator, random, secrets, sys, types, typing
 from dataclasses import dataclass
 
 import numpy as np, pytest, torch
@@ -15,6 +15,7 @@ from test_ways import bn, conv, folded, odd, pair, same, x
 def tried(layer, x):
     try: return layer(x)
     except ValueError: return x
+def plain(layer, x): return layer(x)
 def deeper(n): return (lambda layer, x: deeper(n-1)(layer, x)) if n else tried
 caught = tried
 class Policy:
@@ -52,13 +53,36 @@ through = dict(
 
 
 @pytest.mark.parametrize('way', through)
-def test_an_exception_caught_in_code_far_away(way):
-    "a BatchNorm raises on three axes, an identity does not"
+def test_an_exception_caught_in_code_far_away(way, monkeypatch):
+    "a BatchNorm raises on three axes, an identity does not; where nothing is caught, the same way to it folds"
     model = randomise(type('Net', (Tabled,), dict(forward=through[way]))())
     model.conv, model.bn, model.policy, model.slotted = conv(), bn(), Policy(Policy()), Slotted()
     model.functions, model.several, model.name, model.named = {'a': tried}, [tried], 'name', 'tried'
     randomise(model)
     for example in ((), (x,)): assert not folded(model, example, [(x,), (x[0],)]).folded
+    monkeypatch.setattr(tried, '__code__', plain.__code__)
+    for example in ((), (x,)): assert folded(model, example, [(x,)]).folded
+
+
+class Edited(nn.Module):
+    "as in a notebook, where a cell is run again, or a class is patched"
+    def __init__(self): super().__init__(); self.conv, self.bn = conv(), bn()
+    def forward(self, x): return helper(self.bn, self.conv(x))
+class Layer(nn.Conv2d): pass
+def helper(layer, x): return layer(x)
+def patched(self, x): return tried(self.bn, self.conv(x))
+def calls(self, x): return F.conv2d(x, self.weight, self.bias).relu()
+edits = dict(forward=(Edited, 'forward', patched), defined_anew=(sys.modules[__name__], 'helper', tried), reloaded=(helper, '__code__', tried.__code__), called=(Layer, '__call__', calls))
+
+
+@pytest.mark.parametrize('edit', edits)
+def test_code_that_is_edited_between_two_folds(edit, monkeypatch):
+    model = Edited()
+    model.conv = Layer(4, 4, 3)
+    randomise(model)
+    assert folded(model, (), [(x,)]).folded
+    monkeypatch.setattr(*edits[edit])
+    for example in ((), (x,)): assert not folded(model, example, [(x,)]).folded
 
 
 kinds = dict(a=type)

@@ -6,7 +6,7 @@
 __all__ = ['Unfit', 'new_weights', 'Nothing', 'become', 'copied', 'apart', 'folded_copy', 'fold_inplace']
 
 # %% ../../nbs/07_fold.apply.ipynb #3ad24c5c
-import copy,copyreg,functools
+import copy,copyreg
 from collections import ChainMap, OrderedDict
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -20,7 +20,7 @@ from .affine import Affine, batchnorm_affine, take, then, to_float64
 from .clamp import ChannelClamp, through_clamp
 from .compose import in_parallel, in_series
 from .flow import under
-from .held import ATOMS, uncollected
+from .held import ATOMS, remembered, uncollected
 from .layers import absorb, absorb_batchnorm, grouped, in_channels, like, out_channels, ungrouped
 from .plan import Plan
 from .scale import bared, scale_affine
@@ -198,7 +198,7 @@ def _gain_bias(layer, attr, bias):
     "Give `layer` its first bias, learned if its weight is"
     layer._parameters[attr] = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
 
-@functools.lru_cache(None)
+@remembered
 def _copied_plainly(cls):
     "Does `copy.deepcopy` copy the attributes of a module of this class, and no more?"
     same = all(getattr(cls, n, None) is getattr(nn.Module, n, None) for n in ('__new__', '__deepcopy__', '__reduce__', '__reduce_ex__', '__getstate__'))

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .held import behind, codes_in, held_in, is_authors, named_in, own_attributes, reached
+from .held import behind, codes_in, held_in, is_authors, named_in, own_attributes, reached, remembered
 
 # %% ../../nbs/02_fold.code.ipynb #61805bcc
 _asked = {'is_', 'is_not', 'getrefcount', 'is_tensor_like', 'has_torch_function', 'has_torch_function_unary', 'has_torch_function_variadic', 'grad_fn', 'needs_input_grad'} # as attributes
@@ -65,7 +65,7 @@ def _is_generator(o):
     kind = o if isinstance(o, type) else type(o)
     return id(o) not in _watched and (issubclass(kind, (random.Random, torch.Generator)) or kind.__module__.startswith('numpy.random'))
 
-@functools.lru_cache(None)
+@remembered
 def _swallows(cls):
     "Are objects of this class contexts, in which an exception may end? Such an `__exit__` returns something"
     leave = inspect.unwrap(getattr(cls, '__exit__', None))
@@ -115,7 +115,7 @@ class Reading(NamedTuple):
     functions:tuple=() # The author's that it comes to
     others:tuple=() # What else it comes to
 
-@functools.lru_cache(None)
+@remembered
 def _read(cls, inside, held):
     functions,others = [], []
     for o,named in reached(cls, inside, held):
@@ -147,7 +147,7 @@ def asked_for_none(
     f = inspect.unwrap(type(m).forward)
     return _asked_for_none(f, read.functions) if isinstance(f, FunctionType) else (set(), False)
 
-@functools.lru_cache(None)
+@remembered
 def _asked_for_none(f, functions):
     ps,params,others = inspect.signature(f).parameters, set(), False
     for g in functions:
@@ -188,7 +188,7 @@ _making = {f'__{n}__' for n in ('init', 'new', 'init_subclass', 'class_getitem',
 def _calls_method(i): return i.opname == 'LOAD_METHOD' or i.opname == 'LOAD_ATTR' and sys.version_info >= (3, 12) and i.arg & 1
 def _instructions(f): return [[*dis.get_instructions(c)] for c in codes_in(f.__code__)]
 
-@functools.lru_cache(None)
+@remembered
 def _names_in(f):
     "The names in a function, but for those that are read from a global object"
     return {i.argval for code in _instructions(f) for before,i in zip([None, *code], code) if isinstance(i.argval, str) and not (before and before.opname == 'LOAD_GLOBAL' and i.opname.startswith(('LOAD_ATTR', 'LOAD_METHOD')))}

@@ -8,7 +8,7 @@ __all__ = ['METADATA', 'MODULES', 'PATTERNED', 'TENSORS', 'called_plainly', 'pla
            'giver', 'is_given', 'sizes_of', 'chunks_of', 'length_of', 'is_plain', 'plain_in', 'content_of', 'given_out']
 
 # %% ../../nbs/02_fold.known.ipynb #67271e36
-import functools,math,operator,re,sys
+import math,operator,re,sys
 from dataclasses import is_dataclass
 from enum import Enum
 from numbers import Number
@@ -20,7 +20,7 @@ from torch._ops import OpOverloadPacket
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
-from .held import is_authors
+from .held import is_authors, remembered
 from .layers import LAYERS
 
 # %% ../../nbs/02_fold.known.ipynb #0df28b9b
@@ -30,7 +30,7 @@ def called_plainly(
     "Does a call of `m` run its hooks and its `forward`, and no more?"
     return '_call_impl' not in vars(m) and _called_plainly(type(m))
 
-@functools.lru_cache(None)
+@remembered
 def _called_plainly(cls): return not any(getattr(cls, n) is not getattr(nn.Module, n) and is_authors(getattr(cls, n)) for n in ('__call__', '_wrapped_call_impl', '_call_impl'))
 
 def plain_batchnorm(

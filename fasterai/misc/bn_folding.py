@@ -18,7 +18,7 @@ from ..fold.apply import Unfit, apart, copied, fold_inplace, folded_copy, new_we
 from ..fold.bake import bake
 from ..fold.carry import CARRIERS
 from ..fold.flow import altered, hook_name, naming
-from ..fold.held import plain_device, same_random_state
+from ..fold.held import afresh, plain_device, same_random_state
 from ..fold.layers import LAYERS, NORMS
 from ..fold.linear import PARALLEL, SERIES, plan_linear
 from ..fold.merge import merge, unasked
@@ -108,7 +108,7 @@ class BN_Folder:
         """What `fold` would do with each BatchNorm. Takes what `fold` takes, and raises the same errors for bad input."""
         model,xs = self._inputs(model, xs, kwargs)
         core = unwrapped(model)
-        with torch.inference_mode(False): plan,notes = self._in_steps(core, xs, kwargs)[1::2] if self._steps else (self._of(core, xs, kwargs).plan(), ())
+        with afresh(), torch.inference_mode(False): plan,notes = self._in_steps(core, xs, kwargs)[1::2] if self._steps else (self._of(core, xs, kwargs).plan(), ())
         return Report(plan, count_parameters(model), notes=tuple(notes))
 
     def fold(self,
@@ -126,7 +126,7 @@ class BN_Folder:
         model,xs = self._inputs(model, xs, kwargs)
         core,before = unwrapped(model), count_parameters(model)
         if inplace and isinstance(model, DistributedDataParallel): raise ValueError("a DistributedDataParallel has registered its parameters with the other processes: fold `model.module`, then wrap it again")
-        with torch.inference_mode(False): # what is made in that mode can't be trained, nor loaded into
+        with afresh(), torch.inference_mode(False): # what is made in that mode can't be trained, nor loaded into
             if self._steps: new,plan,check,notes = self._in_steps(core, xs, kwargs, inplace)
             else: (new,plan,check),notes = self._of(core, xs, kwargs).run(inplace),()
             if core is not model: new = model if inplace else copied(model, {id(core): new})
