@@ -19,25 +19,55 @@ from torch import nn
 
 from .held import behind, codes_in, held_in, is_authors, named_in, own_attributes, reached, remembered
 
-# %% ../../nbs/02_fold.code.ipynb #61805bcc
-_asked = {'is_', 'is_not', 'getrefcount', 'is_tensor_like', 'has_torch_function', 'has_torch_function_unary', 'has_torch_function_variadic', 'grad_fn', 'needs_input_grad'} # as attributes
+# %% ../../nbs/02_fold.code.ipynb #19287171
 _autocasts = {'is_autocast_enabled', 'is_autocast_cpu_enabled', 'is_autocast_xla_enabled', 'is_autocast_ipu_enabled'}
-STATES = {'torch': {'is_grad_enabled', 'is_inference_mode_enabled', *_autocasts}, 'torch._C': {'is_grad_enabled', 'is_inference_mode_enabled', '_get_tracing_state', '_is_tracing', '_is_any_autocast_enabled', *_autocasts},
-          'torch.jit': {'is_tracing'}, 'torch.jit._trace': {'is_tracing'}, 'torch.compiler': {'is_compiling', 'is_dynamo_compiling', 'is_exporting'}, 'torch._utils': {'is_compiling'}, 'torch._dynamo': {'is_compiling'},
-          'torch._dynamo.external_utils': {'is_compiling'}, 'torch.fx._symbolic_trace': {'is_fx_tracing', 'is_fx_symbolic_tracing'}, 'torch.onnx': {'is_in_onnx_export'}} # how a run is run: a trace gives both answers
+STATES = {
+    'torch': {'is_grad_enabled', 'is_inference_mode_enabled', *_autocasts},
+    'torch._C': {'is_grad_enabled', 'is_inference_mode_enabled', '_get_tracing_state', '_is_tracing', '_is_any_autocast_enabled', *_autocasts},
+    'torch.jit': {'is_tracing'}, 'torch.jit._trace': {'is_tracing'},
+    'torch.compiler': {'is_compiling', 'is_dynamo_compiling', 'is_exporting'},
+    'torch._utils': {'is_compiling'}, 'torch._dynamo': {'is_compiling'}, 'torch._dynamo.external_utils': {'is_compiling'},
+    'torch.fx._symbolic_trace': {'is_fx_tracing', 'is_fx_symbolic_tracing'},
+    'torch.onnx': {'is_in_onnx_export'}} # the functions that tell it, by where they are found
 _state_names = {n for asks in STATES.values() for n in asks}
-_answers = {type, callable, id, vars, eval, exec, operator.is_, operator.is_not, *(getattr(space, n) for space in (sys, torch, torch.overrides) for n in _asked & {*dir(space)})} # see through a stand-in, or tell what a trace does not share with a run
-_isinstance = isinstance # a trace puts another in its place
-
-KINDS_ASKED = 'it asks `type`', 'it asks `callable`' # the same for every tensor
 
 @functools.lru_cache(None)
 def _states(spaces): return {id(getattr(o, 'stands_for', o)) for space in spaces for n in STATES[space] if (o := vars(sys.modules[space]).get(n))}
-def is_state(o): return getattr(o, '__name__', '') in _state_names and id(o) in _states(tuple(s for s in STATES if s in sys.modules))
-def _is_answer(o): return any(o is a for a in _answers)
 
+def is_state(
+    o:object, # That code has a name for, or that is held in a table
+)->bool:
+    "Is it a function that tells how a run is run?"
+    return getattr(o, '__name__', '') in _state_names and id(o) in _states(tuple(s for s in STATES if s in sys.modules))
+
+# %% ../../nbs/02_fold.code.ipynb #ca830f96
+_structural = 'AttributeError', 'ImportError' # which no value of a tensor can bring about
+
+def _catches(code):
+    "Is there an `except` in `code`?"
+    ops = [i.opname for i in code]
+    typed = any(o.startswith(('CHECK_E', 'JUMP_IF_NOT_EXC')) and code[at-1].argval not in _structural for at,o in enumerate(ops))
+    bare = ['PUSH_EXC_INFO', 'POP_TOP'] if sys.version_info >= (3, 11) else ['POP_TOP']*3
+    return typed or any(ops[at:at+len(bare)] == bare and ops[at-1] not in ('JUMP_IF_NOT_EXC_MATCH', 'RERAISE') for at in range(1, len(ops)))
+
+@remembered
+def _swallows(cls):
+    "Are objects of this class contexts, in which an exception may end? Such an `__exit__` returns something"
+    leave = inspect.unwrap(getattr(cls, '__exit__', None))
+    if not is_authors(leave): return False
+    code = [i for i in dis.get_instructions(leave) if i.opname != 'CACHE']
+    returns = [i if i.opname == 'RETURN_CONST' else before for before,i in zip(code, code[1:]) if i.opname.startswith('RETURN_') and i.opname != 'RETURN_GENERATOR']
+    return any(i.opname not in ('LOAD_CONST', 'RETURN_CONST') or i.argval for i in returns)
+
+def _of_autocast(held):
+    "Is it nothing but the state of autocast that a function uses? (timm's ask for it as one version of PyTorch after another has it)"
+    of = lambda n, o: o is torch or 'autocast' in n or isinstance(o, type) and issubclass(o, Exception)
+    return torch in held.values() and all(of(n, o) for n,o in held.items())
+
+# %% ../../nbs/02_fold.code.ipynb #72bb9b0f
 _containers = (list, tuple, dict, set)
-def _of_containers(code, held):
+
+def _compares_with_containers(code, held):
     "Where `code`, from `type` on, compares the type of a variable with containers, and does no more with it: `type(x) is list`, `type(x) in (list, tuple)`; or `None`"
     ops = [i for i in code if i.opname not in ('PRECALL', 'PUSH_NULL', 'CACHE')]
     n = next((n for n,i in enumerate(ops[2:]) if not (i.opname == 'LOAD_GLOBAL' and held.get(i.argval) in _containers)), 0)
@@ -46,58 +76,75 @@ def _of_containers(code, held):
     if n == 1 and first.opname in ('IS_OP', 'COMPARE_OP'): return first.offset
     return second.offset if (first.opname, first.arg, second.opname) == ('BUILD_TUPLE', n, 'CONTAINS_OP') else None
 
+def _answered(f, code, held):
+    "The offsets of all that asks the type of a variable like this, in a function with no `type` of its author's own"
+    own = f.__globals__.get('type')
+    if own and not hasattr(own, 'stands_for'): return set()
+    asks = {i.offset: _compares_with_containers(code[at+1:], held) for at,i in enumerate(code) if i.opname.startswith(('LOAD_GLOBAL', 'LOAD_DEREF')) and held.get(i.argval) is type}
+    return {at for pair in asks.items() if pair[1] is not None for at in pair}
+
+# %% ../../nbs/02_fold.code.ipynb #083b84dd
+_asked = {'is_', 'is_not', 'getrefcount', 'is_tensor_like', 'has_torch_function', 'has_torch_function_unary', 'has_torch_function_variadic', 'grad_fn', 'needs_input_grad'} # as attributes
+_named = [getattr(space, n) for space in (sys, torch, torch.overrides) for n in _asked & {*dir(space)}]
+_answers = {type, callable, id, vars, eval, exec, operator.is_, operator.is_not, *_named} # see through a stand-in, or tell what a trace does not share with a run
+_isinstance = isinstance # a trace puts another in its place
+KINDS_ASKED = 'it asks `type`', 'it asks `callable`' # the same for every tensor
+
+def _is_answer(o): return any(o is a for a in _answers)
+
+def _keeps(f, code, at):
+    "Does the instruction store what outlives the call: in a global, in the cell of a function, in a class?"
+    i,before = code[at], code[at-1]
+    if i.opname == 'STORE_ATTR': return before.opname == 'LOAD_GLOBAL' or before.argval == '__class__'
+    return i.opname == 'STORE_GLOBAL' or i.opname == 'STORE_DEREF' and i.argval in f.__code__.co_freevars
+
 def _is_setting(code, held):
     "Does `code` end in a `getattr(...)`?"
     called = next((i for i in reversed(code) if i.opname == 'LOAD_GLOBAL'), None)
     return code[-1].opname.startswith('CALL') and called is not None and held.get(called.argval) is getattr
 
-_structural = 'AttributeError', 'ImportError' # which no value of a tensor can bring about
-def _catches(code):
-    "Is there an `except` in `code`?"
-    ops = [i.opname for i in code]
-    typed = any(o.startswith(('CHECK_E', 'JUMP_IF_NOT_EXC')) and code[at-1].argval not in _structural for at,o in enumerate(ops))
-    bare = ['PUSH_EXC_INFO', 'POP_TOP'] if sys.version_info >= (3, 11) else ['POP_TOP']*3
-    return typed or any(ops[at:at+len(bare)] == bare and ops[at-1] not in ('JUMP_IF_NOT_EXC_MATCH', 'RERAISE') for at in range(1, len(ops)))
+def _compares_values(code, at, held):
+    "Is it an `is`, but with `None`, or of a setting with a constant?"
+    before = code[at-1]
+    return code[at].opname == 'IS_OP' and not (before.opname == 'LOAD_CONST' and (before.argval is None or _is_setting(code[:at-1], held)))
 
-_watched = {id(random._inst), *(id(o) for o in [getattr(sys.modules.get('numpy.random.mtrand'), '_rand', None)] if o)} # a trace sees whether they were used
-def _is_generator(o):
-    "Does it, or what a class makes, give random numbers?"
-    kind = o if isinstance(o, type) else type(o)
-    return id(o) not in _watched and (issubclass(kind, (random.Random, torch.Generator)) or kind.__module__.startswith('numpy.random'))
+def _telling_attribute(code, at, held):
+    "Is an attribute read that tells more than a stand-in knows?"
+    name,owner = code[at].argval, code[at-1].argval
+    if not code[at].opname.startswith(('LOAD_ATTR', 'LOAD_METHOD')): return False
+    if name == '__class__': return owner != 'self'
+    imported_as_asked = name in _state_names and f'torch.{owner}' in STATES.keys() - sys.modules.keys()
+    return name in _asked or imported_as_asked or held.get(owner) is builtins and name in dir(builtins)
 
-@remembered
-def _swallows(cls):
-    "Are objects of this class contexts, in which an exception may end? Such an `__exit__` returns something"
-    leave = inspect.unwrap(getattr(cls, '__exit__', None))
-    if not is_authors(leave): return False
-    code = [i for i in dis.get_instructions(leave) if i.opname != 'CACHE']
-    given = [i if i.opname == 'RETURN_CONST' else before for before,i in zip(code, code[1:]) if i.opname.startswith('RETURN_') and i.opname != 'RETURN_GENERATOR']
-    return any(i.opname not in ('LOAD_CONST', 'RETURN_CONST') or i.argval for i in given)
-
-def _of_autocast(held):
-    "Is it nothing but the state of autocast that a function uses? (timm's ask for it as one version of PyTorch after another has it)"
-    return torch in held.values() and all(o is torch or 'autocast' in n or isinstance(o, type) and issubclass(o, Exception) for n,o in held.items())
+def _asks_at(f, code, at, held):
+    "What the instruction `code[at]` of the function `f` asks"
+    i = code[at]
+    if _keeps(f, code, at): return 'it keeps what it computed'
+    if i.opname in ('MATCH_CLASS', 'MATCH_SEQUENCE', 'MATCH_MAPPING'): return 'it matches classes'
+    if _compares_values(code, at, held): return 'it compares with `is`'
+    if _telling_attribute(code, at, held): return f'it asks `{i.argval}`'
+    o = held.get(i.argval) if i.opname.startswith(('LOAD_GLOBAL', 'LOAD_DEREF')) else None
+    if o is _isinstance and i.argval != 'isinstance': return 'it asks `isinstance` by another name'
+    return f'it asks `{o.__name__}`' if _is_answer(o) or i.opname != 'LOAD_GLOBAL' and is_state(o) else ''
 
 def _asks(f):
     "What the code of a function asks"
     held = named_in(f)[0]
     if f.__code__.co_flags & (inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR): return 'it runs when something awaits it'
-    of_containers = not ('type' in f.__globals__ and not hasattr(f.__globals__['type'], 'stands_for')) # which a trace can answer, but where the author has a `type` of their own
     for c in codes_in(f.__code__):
-        code,answered = [*dis.get_instructions(c)], set()
+        code = [*dis.get_instructions(c)]
         if _catches(code) and not _of_autocast(held): return 'it catches exceptions'
-        for at,i in enumerate(code):
-            if i.opname == 'STORE_GLOBAL' or i.opname == 'STORE_DEREF' and i.argval in f.__code__.co_freevars or i.opname == 'STORE_ATTR' and (code[at-1].opname == 'LOAD_GLOBAL' or code[at-1].argval == '__class__'): return 'it keeps what it computed'
-            if i.opname in ('MATCH_CLASS', 'MATCH_SEQUENCE', 'MATCH_MAPPING'): return 'it matches classes'
-            if i.opname.startswith('LOAD_ATTR') and i.argval == '__class__' and code[at-1].argval != 'self': return f'it asks `{i.argval}`'
-            if i.opname == 'IS_OP' and not (i.offset in answered or code[at-1].opname == 'LOAD_CONST' and (code[at-1].argval is None or _is_setting(code[:at-1], held))): return 'it compares with `is`'
-            unseen = i.argval in _state_names and (space := f'torch.{code[at-1].argval}') in STATES and space not in sys.modules # imported as it is asked
-            if i.opname.startswith(('LOAD_ATTR', 'LOAD_METHOD')) and (i.argval in _asked or unseen or held.get(code[at-1].argval) is builtins and i.argval in dir(builtins)): return f'it asks `{i.argval}`'
-            if i.opname.startswith(('LOAD_GLOBAL', 'LOAD_DEREF')) and isinstance(o := held.get(i.argval), Callable):
-                if o is _isinstance and i.argval != 'isinstance': return 'it asks `isinstance` by another name'
-                if o is type and of_containers and c is f.__code__ and (compares := _of_containers(code[at+1:], held)) is not None: answered.add(compares)
-                elif _is_answer(o) or is_state(o) and i.opname != 'LOAD_GLOBAL': return f'it asks `{o.__name__}`'
+        answered = _answered(f, code, held) if c is f.__code__ else ()
+        if why := next(filter(None, (_asks_at(f, code, at, held) for at,i in enumerate(code) if i.offset not in answered)), ''): return why
     return ''
+
+# %% ../../nbs/02_fold.code.ipynb #2c950ef3
+_watched = {id(random._inst), *(id(o) for o in [getattr(sys.modules.get('numpy.random.mtrand'), '_rand', None)] if o)} # a trace sees whether they were used
+
+def _is_generator(o):
+    "Does it, or what a class makes, give random numbers?"
+    kind = o if isinstance(o, type) else type(o)
+    return id(o) not in _watched and (issubclass(kind, (random.Random, torch.Generator)) or kind.__module__.startswith('numpy.random'))
 
 def _asked_by(o, named):
     "What something that code comes to asks, or what it is there for; what it has a name for, it asks itself"
@@ -109,6 +156,7 @@ def _asked_by(o, named):
     if isinstance(o, Iterator): return 'it counts its calls'
     return 'it catches exceptions' if _swallows(o if isinstance(o, type) else type(o)) else ''
 
+# %% ../../nbs/02_fold.code.ipynb #1ecbbce5
 class Reading(NamedTuple):
     "What was found in code"
     why:str='' # What it asks that no stand-in could answer rightly
@@ -139,6 +187,7 @@ def reading(
     why = next(filter(None, (_asked_by(o, False) for o in held if not isinstance(o, (nn.Module, torch.Tensor, FunctionType)))), '')
     return Reading(why) if why else _read(*_start(m, held))
 
+# %% ../../nbs/02_fold.code.ipynb #3ad83a2a
 def asked_for_none(
     m:nn.Module,
     read:Reading, # Of it
@@ -168,18 +217,27 @@ def _compared_with_none(c):
     code = [*dis.get_instructions(c)]
     return [code[at-2 if i.opname == 'IS_OP' else at-1] for at,i in enumerate(code) if at and (i.opname == 'IS_OP' and code[at-1].argval is None or i.opname.startswith('POP_JUMP') and 'NONE' in i.opname)]
 
+# %% ../../nbs/02_fold.code.ipynb #ee9aad89
 MAX_WAYS = 32 # that are gone through
 
-def variants(m):
-    "Ways to call `m.forward`, as lists of (parameter, 'stand-in', 'default' or a value)"
+def _options(p, asked):
+    "What is tried for a parameter"
+    if p.default is p.empty: return ['stand-in', None][:1 + asked]
+    if isinstance(p.default, bool): return [True, False, None][:2 + asked]
+    return ['default', 'stand-in'] if p.default is None else ['default', 'stand-in', None]
+
+def variants(
+    m:nn.Module,
+)->list: # Of lists of (parameter, 'stand-in', 'default' or a value)
+    "Ways to call `m.forward`. Raises `NotImplementedError` where there is no end of them"
     ps = [*inspect.signature(type(m).forward).parameters.values()][1:]
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in ps): raise NotImplementedError('it takes any number of arguments')
     asked,_ = asked_for_none(m, reading(m))
-    options = [['stand-in', None][:1 + (p.name in asked)] if p.default is p.empty else [True, False, None][:2 + (p.name in asked)] if isinstance(p.default, bool) else ['default', 'stand-in', None] if p.default is not None else ['default', 'stand-in'] for p in ps]
+    options = [_options(p, p.name in asked) for p in ps]
     if prod(map(len, options)) > MAX_WAYS: raise NotImplementedError('it has too many optional arguments')
     return [[*zip(ps, ways)] for ways in product(*options)]
 
-# %% ../../nbs/02_fold.code.ipynb #7459335a
+# %% ../../nbs/02_fold.code.ipynb #2c41c108
 def _functions(o):
     "The same without what wraps them"
     return [g for f in behind(o) if callable(f) and isinstance(g := inspect.unwrap(f), FunctionType)]
@@ -212,6 +270,7 @@ def _own_functions(m):
         if any(i.argval == 'getattr' and not _constant_name(code, at) for _,f in now for code in _instructions(f) for at,i in enumerate(code) if i.opname.startswith('LOAD_GLOBAL')): return [*held, *(f for _,f in own)]
     return reached
 
+# %% ../../nbs/02_fold.code.ipynb #7dd56631
 def _takes_out(i): return i.opname == 'BINARY_SUBSCR' or i.opname == 'BINARY_OP' and i.argrepr == '[]' # since Python 3.14
 
 def _chooses(code, at):
@@ -234,6 +293,7 @@ def may_choose(
     functions = (o for o,_ in reached(*_start(m, _held_by(m))) if is_authors(o)) if helpers else _own_functions(m)
     return any(_chooses(code, at) for f in functions for code in _instructions(f) for at in range(len(code)))
 
+# %% ../../nbs/02_fold.code.ipynb #67a43f63
 _walks = {'modules', 'children', 'named_modules', 'named_children', 'get_submodule', '_modules', 'apply', '__getattr__', '__getattribute__', '__dict__', 'vars', 'state_dict'}
 def _is_self(i, f): return i.opname.startswith(('LOAD_FAST', 'LOAD_DEREF')) and i.argval in f.__code__.co_varnames[:1]
 def _walks_on(code, at): return code[at].opname.startswith('LOAD_') and (code[at].argval in _walks or code[at].argval == 'getattr' and not _constant_name(code, at))
@@ -257,20 +317,34 @@ def _is_plain_fact(child, name):
     if isinstance(o, property): return o.fget is not None and all(_names_in(f).isdisjoint({*child._modules, *_walks, 'getattr'}) for f in _functions(o))
     return type(o) in (int, float, str, bool, type(None))
 
+# %% ../../nbs/02_fold.code.ipynb #770d1cfa
+def _goes_anywhere(m, functions):
+    "May it use any module inside of it by itself: does it walk through them, or give itself to another function?"
+    replaced = vars(m).get('forward')
+    if replaced and getattr(replaced, '__self__', None) is not m: return True
+    if any(_hands_itself_over(f) for f in functions if not _is_static(m, f)): return True
+    return any(_walks_on(code, at) for f in functions for code in _instructions(f) for at in range(len(code)))
+
+def _attributes_read(m, codes):
+    "The names of the attributes whose value `codes` go on with; those of another than `self` once more"
+    is_read = lambda i: i.opname.startswith('LOAD_ATTR') and not _calls_method(i)
+    asks_none = lambda i: i.opname == 'LOAD_CONST' and i.argval is None or 'POP_JUMP' in i.opname
+    asks_fact = lambda i,after: after.opname.startswith('LOAD_ATTR') and i.argval in m._modules and _is_plain_fact(m._modules[i.argval], after.argval)
+    read = {i.argval for _,code in codes for i,after in zip(code, code[1:]) if is_read(i) and not asks_none(after) and not asks_fact(i, after)}
+    read |= {_constant_name(code, at) for _,code in codes for at,i in enumerate(code) if i.opname.startswith('LOAD_') and i.argval == 'getattr'}
+    of_others = {i.argval for f,code in codes for before,i in zip(code, code[1:]) if i.opname.startswith(('LOAD_ATTR', 'LOAD_METHOD')) and not _is_self(before, f)}
+    return read, of_others | {n for n in read if n}
+
 def may_reach(
     m:nn.Module, # Its code can't be followed
 )->Callable: # `f(path)`, of the name of a module inside of `m`, as `m` has it: may the code of `m` use it by itself, and not just call what it is in?
     "How far the code of `m` goes into its children. Where that can't be seen, all the way"
     functions = _own_functions(m)
+    if _goes_anywhere(m, functions): return lambda path: '.' in path
     codes = [(f, code) for f in functions for code in _instructions(f)]
-    replaced = vars(m).get('forward')
-    if replaced and getattr(replaced, '__self__', None) is not m or any(_hands_itself_over(f) for f in functions if not _is_static(m, f)) or any(_walks_on(code, at) for _,code in codes for at in range(len(code))): return lambda path: '.' in path
-    asks_none = lambda i: i.opname == 'LOAD_CONST' and i.argval is None or 'POP_JUMP' in i.opname
-    asks_fact = lambda i,after: after.opname.startswith('LOAD_ATTR') and i.argval in m._modules and _is_plain_fact(m._modules[i.argval], after.argval)
-    read = {i.argval for _,code in codes for i,after in zip(code, code[1:]) if i.opname.startswith('LOAD_ATTR') and not _calls_method(i) and not asks_none(after) and not asks_fact(i, after)}
-    read |= {_constant_name(code, at) for _,code in codes for at,i in enumerate(code) if i.opname.startswith('LOAD_') and i.argval == 'getattr'}
-    of_others = {i.argval for f,code in codes for before,i in zip(code, code[1:]) if i.opname.startswith(('LOAD_ATTR', 'LOAD_METHOD')) and not _is_self(before, f)} | {n for n in read if n}
+    read,of_others = _attributes_read(m, codes)
     goes_in = any(_goes_in(code, at) for _,code in codes for at in range(1, len(code)))
+    def uses_inside(child): return any(isinstance(getattr(type(child), n, None), (FunctionType, property)) and not hasattr(nn.Module, n) for n in of_others)
     def reaches(path):
         name,_,inside = path.partition('.')
         child,listed = m._modules[name], False
@@ -278,8 +352,9 @@ def may_reach(
             if isinstance(child, nn.Sequential) and '.' not in inside: return True # it may be called as a whole, too
             at,_,inside = inside.partition('.')
             child,listed = child._modules[at], True
-        into = listed and (goes_in and isinstance(child, nn.Sequential) or any(isinstance(getattr(type(child), n, None), (FunctionType, property)) and not hasattr(nn.Module, n) for n in of_others))
-        return bool(inside) and (into or inside.partition('.')[0] in of_others if listed else name in read)
+        if not inside: return False
+        if not listed: return name in read
+        return goes_in and isinstance(child, nn.Sequential) or uses_inside(child) or inside.partition('.')[0] in of_others
     return reaches
 
 # %% ../../nbs/02_fold.code.ipynb #9c75a280

@@ -18,7 +18,7 @@ from .code import is_message, unpacked
 from .flow import values_in
 from .known import PATTERNED, TENSORS, gives_several, giver, is_given, length_of, rank_of, type_of, types_of
 
-# %% ../../nbs/03_fold.standin.ipynb #99f3860c
+# %% ../../nbs/03_fold.standin.ipynb #d5633f0a
 class Opaque(BaseException): # not an Exception: no `try` in a `forward` may swallow it
     "The trace can't go through `module`; `choice`: it chooses its way by what can't be known"
     last = None # which may have been swallowed after all
@@ -42,6 +42,7 @@ def none_swallowed():
 class Impossible(Opaque):
     "No call with these arguments goes through"
 
+# %% ../../nbs/03_fold.standin.ipynb #2b270f44
 class Node:
     "One thing that was done to stand-ins. (PyTorch's own takes several times as long to make)"
     name = 'value' # PyTorch's stand-ins print it
@@ -51,6 +52,7 @@ class Node:
         for n in self.inputs: n.users[self] = None
     def __repr__(self): return self.name
 
+# %% ../../nbs/03_fold.standin.ipynb #e35ae3cf
 OURS = {'torch', 'fasterai'}
 _printers = {*OURS, 'logging', 'warnings'}
 def package_of_frame(frame): return frame.f_globals.get('__name__', '').split('.')[0]
@@ -84,6 +86,7 @@ class Number(fx.Proxy):
     __ceil__,__floor__,__trunc__,__round__ = map(_math, (math.ceil, math.floor, math.trunc, round))
     def __array_ufunc__(self, f, how, *args, **kwargs): return as_operation(f)(*args, **kwargs) if how == '__call__' else self._no()
 
+# %% ../../nbs/03_fold.standin.ipynb #6b9772d2
 class StandIn(Number):
     "Stands for a tensor"
     def __hash__(self): return self._no() if self.node.op == 'placeholder' else id(self)
@@ -110,6 +113,7 @@ class Weight(StandIn):
     def dim(self): return self.held.dim()
     def numel(self): return self.held.numel()
 
+# %% ../../nbs/03_fold.standin.ipynb #5e656d68
 def is_instance(o, kind, isinstance=isinstance):
     "`isinstance`, to which a stand-in is a tensor. (Were it to say so itself, in a `__class__`, C code would believe it too, and read memory that is not there)"
     plain = lambda: tuple(getattr(k, 'stands_for', k) for k in (kind if type(kind) is tuple else (kind,))) # without what a trace put in the place of `int`
@@ -139,6 +143,7 @@ def type_of_any(o, *more):
     return type(o, *more)
 length.stands_for,type_of_any.stands_for = len,type
 
+# %% ../../nbs/03_fold.standin.ipynb #5507a88f
 @functools.lru_cache(None)
 def as_operation(f):
     "What writes down a call of `f` with stand-ins as one operation. What gives a number takes nothing but numbers"
