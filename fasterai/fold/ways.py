@@ -14,6 +14,7 @@ from types import FunctionType, MethodType
 
 import torch
 from torch import Tensor, fx, nn
+from fastcore.basics import patch
 from torch.overrides import TorchFunctionMode
 
 from .code import KINDS_ASKED, MAX_WAYS, STATES, asked_for_none, is_state, reading, was_raised
@@ -22,7 +23,7 @@ from .held import ATOMS, codes_in, held_in, package_of, random_state, same_rando
 from .known import METADATA, MODULES, called_plainly, content_of, given_out, giver, is_number, known_layer, length_of, operations_in, plain_batchnorm, plain_in, settings_of
 from .standin import Impossible, Node, Number, Opaque, StandIn, Weight, asked_again, as_operation, is_instance, length, nodes_in, none_swallowed, package_of_frame, phi, type_of_any, OURS
 
-# %% ../../nbs/04_fold.ways.ipynb #94f1e555
+# %% ../../nbs/04_fold.ways.ipynb #1e5b1442
 _max_choices = 12
 _in_autocast = torch._C._is_any_autocast_enabled # a trace puts another in its place
 _plain_python = {*sys.stdlib_module_names, 'numpy'} # in whose modules nothing is put
@@ -30,192 +31,222 @@ _plain_python = {*sys.stdlib_module_names, 'numpy'} # in whose modules nothing i
 class _Tracer(fx.proxy.TracerBase):
     "Goes through a part of a model and all that it calls, but for the `opaque` modules"
     def __init__(self, names, params, opaque, random):
-        self.names,self.params,self.opaque,self.nodes,self.autocast = names,params,opaque,[],_in_autocast()
-        self.memory,self.prepared,self.readings = None,set(),{}
-        self.random,self.thread,self.stack,self.frames,self.calls,self.read,self.proxies,self.branched,self.patched,self.tries,self.made,self.decided = random,threading.get_ident(),[],[],[],set(),{},set(),[],0,[],[]
-
-    def call_module(self, m, args, kwargs):
-        if m not in self.names: raise Opaque(self.here(), f'it calls a {type(m).__name__} that is no part of the model', choice=False)
-        if type(m) not in self.opaque and not called_plainly(m): raise Opaque(m, 'it has a `__call__` of its own')
-        self.stack.append(self.names[m])
-        try:
-            out = self.leaf(m, args, kwargs) if type(m) in self.opaque or plain_batchnorm(m) or known_layer(m) else self.ways(m, args, kwargs)
-            one = len(args) == 1 and not kwargs and issubclass(type(args[0]), fx.Proxy) and issubclass(type(out), fx.Proxy)
-            given,made = ([args[0].node], [out.node]) if one else (nodes_in([args, kwargs]), nodes_in(out))
-            self.calls.append((tuple(self.stack), given, made, one))
-            return out
-        finally: self.stack.pop()
-
-    def leaf(self, m, args, kwargs):
-        if args and args[0] is None and type(m) not in self.opaque and not m._forward_pre_hooks and not any(choices for choices,_ in self.frames): raise Impossible(m, 'it is called without an input')
-        out = self.create_proxy('call_module', self.names[m], args, kwargs)
-        out.node.training,out.node.settings,out.node.opaque = m.training,(m, settings_of(m)),type(m) in self.opaque # now: the trace puts them back
-        if out.node.opaque and len(self.stack) > 1: self.no_none(self.stack[-2])
-        return out
-
-    def no_none(self, name):
-        "The module called `name` got what may be `None`, which it is not to ask"
-        m = self.module(name)
-        if asked_for_none(m, self.read_of(m))[1]: raise Opaque(m, 'it asks what kind of input it is given')
-
-    def ways(self, m, args, kwargs):
-        "Every way through `m`"
-        read = self.read_of(m)
-        why = 'it has a `forward` of its own' if 'forward' in vars(m) else read.why
-        if why: raise Opaque(m, why, choice=why not in KINDS_ASKED)
-        params,_ = asked_for_none(m, read)
-        if params and len(self.stack) > 1 and any(map(giver, nodes_in([args, kwargs]))): raise Opaque(m, 'it asks what kind of input it is given')
-        self.prepare(read)
-        outs,choices = [],[]
-        while True:
-            self.tries += 1
-            if len(outs) == MAX_WAYS or self.tries > 100*MAX_WAYS + len(self.names): raise Opaque(m, 'there are too many ways through it')
-            self.frames.append([choices, 0])
-            try: outs.append(m.forward(*args, **kwargs)) # not its hooks: they are the caller's, and would keep a stand-in
-            except Exception as e:
-                if not (choices and was_raised(e)): raise Opaque(m, f"no stand-in for its input goes through it ({(str(e).strip() or type(e).__name__).splitlines()[0]})", choice=False) from e
-            finally: self.frames.pop()
-            while choices and not choices[-1]: choices.pop()
-            if not choices: break
-            choices[-1] = False
-        if self.random and random_state() != self.random: raise Opaque(m, 'it draws random numbers')
-        if len(outs) > 1: self.branched.add(self.names[m])
-        return self.merge(m, outs)
-
-    def read_of(self, m):
-        if m not in self.readings: self.readings[m] = reading(m)
-        return self.readings[m]
-
-    def prepare(self, read):
-        "Note what the code that is read may write into, and put what a trace needs in the place of functions that it has names for"
-        if id(read) in self.prepared: return
-        self.prepared.add(id(read))
-        self.memory.note(*read.others)
-        for f in read.functions:
-            if package_of(f) not in _plain_python: self.patch(f.__globals__, {n for c in codes_in(f.__code__) for n in c.co_names})
-
-    def patch(self, space, names):
-        "Functions for which Python lets nothing stand in, and those that tell how a run is run, or remember"
-        own = {n: f for n,f in dict(len=length, int=as_operation(int), float=as_operation(float), type=type_of_any).items() if n in names and n not in space}
-        states = {n: self.state(space[n]) for n in names if is_state(space.get(n))}
-        self.put(space, own | states | {n: f.__wrapped__ for n in names if isinstance(f := space.get(n), functools._lru_cache_wrapper)})
-
-    def put(self, space, functions={}):
-        "Put `functions` into a namespace, and what stands for those that are one operation each, for as long as the trace lasts"
-        for name,f in (functions | {n: as_operation(f) for n,f in operations_in(space).items()}).items():
-            self.patched.append((space, name, space.get(name)))
-            space[name] = f
-
-    def merge(self, m, outs):
-        "One value for what several ways gave"
-        first = outs[0] if outs else None
-        if all(o is first for o in outs): return first
-        if all(issubclass(type(o), fx.Proxy) for o in outs): return self.create_proxy('call_function', phi, tuple(outs), {})
-        if all(type(o) is type(first) for o in outs):
-            if isinstance(first, (list, tuple)) and len({len(o) for o in outs}) == 1: return type(first)(self.merge(m, o) for o in zip(*outs))
-            if isinstance(first, dict) and all(o.keys() == first.keys() for o in outs): return {k: self.merge(m, [o[k] for o in outs]) for k in first}
-            if not values_in(outs, fx.Proxy) and all(o == first for o in outs): return first
-        raise Opaque(m, 'its ways give different things')
-
-    def to_bool(self, obj):
-        self.decided.append(obj.node)
-        return self.choose()
-
-    def choose(self):
-        "True, and in another way False"
-        choices,taken = frame = self.frames[-1]
-        if taken == len(choices): choices.append(True)
-        if len(choices) > _max_choices: raise Opaque(self.here(), 'it loops on what it computes')
-        frame[1] += 1
-        return choices[taken]
-
-    def iter(self, obj):
-        if n := length_of(obj.node): return iter([obj[i] for i in range(n)])
-        raise Opaque(self.here(), 'it loops over its input', choice=False)
-
-    def again(self, call):
-        "A second call, after the first: modules that do something else then choose their way"
-        nodes,calls = len(self.nodes),len(self.calls)
-        out = call()
-        def done(nodes, calls):
-            by = {}
-            for n in nodes: by.setdefault(n.stack[-1], []).append((n.op, n.target, plain_in(n)))
-            for stack,*_ in calls: by.setdefault(stack[-2], []).append(stack[-1])
-            return by
-        first,second = done(self.nodes[:nodes], self.calls[:calls]), done(self.nodes[nodes:], self.calls[calls:])
-        self.branched |= {n for n in first.keys() | second.keys() if first.get(n) != second.get(n)}
-        return out
+        self.names,self.params,self.opaque,self.random = names,params,opaque,random # `random`: the state of the generators, if no number may be drawn
+        self.thread,self.autocast = threading.get_ident(),_in_autocast()
+        self.stack,self.frames,self.tries = [],[],0 # the modules that it is in; the choices of each
+        self.nodes,self.calls,self.read,self.branched,self.decided = [],[],set(),set(),[] # what it notes: `read`, of parameters; `branched`, the modules with several ways; `decided`, the values that chose
+        self.proxies,self.made = {},[] # stand-ins: of parameters, and all
+        self.readings,self.prepared,self.memory,self.patched = {},set(),None,[]
 
     def module(self, name): return next(m for m,n in self.names.items() if n == name)
     def here(self): return self.module(self.stack[-1])
 
-    def proxy(self, node):
-        node.number = is_number(node)
-        if node.op != 'placeholder' and giver(node): self.no_none(self.stack[-1])
-        return self.made_one((Number if node.number else StandIn)(node, self))
+# %% ../../nbs/04_fold.ways.ipynb #07c2f2d0
+@patch
+def create_node(self:_Tracer, kind, target, args, kwargs, name=None, type_expr=None):
+    if _in_autocast() != self.autocast: raise Opaque(self.here(), 'it switches autocast on or off')
+    node = Node(kind, target, args, kwargs, tuple(self.stack))
+    self.nodes.append(node)
+    return node
 
-    def made_one(self, proxy):
-        self.made.append(weakref.ref(proxy))
-        return proxy
+@patch
+def create_proxy(self:_Tracer, kind, target, args, kwargs): return self.proxy(self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs) if kwargs else {}))
 
-    def still_held(self, out):
-        "What the stand-ins stand for that something besides what is seen in `out` still holds when the trace is over: a later call could meet them"
-        self.proxies.clear()
-        given = {*nodes_in(out)}
-        alive = lambda: [p.node for ref in self.made if (p := ref()) is not None and p.node not in given]
-        if alive(): gc.collect()
-        return alive()
+@patch
+def create_arg(self:_Tracer, a):
+    kind = type(a)
+    if kind is StandIn or issubclass(kind, fx.Proxy): return a.node
+    if kind in (tuple, list): return kind([self.create_arg(o) for o in a])
+    if not issubclass(kind, Tensor): return fx.proxy.TracerBase.create_arg(self, a)
+    p = self.stand_in(a)
+    return p.node if issubclass(type(p), fx.Proxy) else self.create_node('get_attr', '', content_of(a), {})
 
-    def stand_in(self, t):
-        "What stands for a tensor of the model, or `t` itself"
-        name = self.params.get(t)
-        if name is None: return t
-        if name not in self.proxies: self.proxies[name] = self.made_one(Weight(self.create_node('get_attr', name, (), {}), self, t))
-        return self.proxies[name]
+@patch
+def proxy(self:_Tracer, node):
+    node.number = is_number(node)
+    if node.op != 'placeholder' and giver(node): self.no_none(self.stack[-1])
+    return self.made_one((Number if node.number else StandIn)(node, self))
 
-    def create_proxy(self, kind, target, args, kwargs): return self.proxy(self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs) if kwargs else {}))
+@patch
+def made_one(self:_Tracer, proxy):
+    self.made.append(weakref.ref(proxy))
+    return proxy
 
-    def create_arg(self, a):
-        kind = type(a)
-        if kind is StandIn or issubclass(kind, fx.Proxy): return a.node
-        if kind in (tuple, list): return kind([self.create_arg(o) for o in a])
-        if not issubclass(kind, Tensor): return super().create_arg(a)
-        p = self.stand_in(a)
-        if issubclass(type(p), fx.Proxy): return p.node
-        return self.create_node('get_attr', '', content_of(a), {})
+@patch
+def stand_in(self:_Tracer, t):
+    "What stands for a tensor of the model, or `t` itself"
+    name = self.params.get(t)
+    if name is None: return t
+    if name not in self.proxies: self.proxies[name] = self.made_one(Weight(self.create_node('get_attr', name, (), {}), self, t))
+    return self.proxies[name]
 
-    def create_node(self, kind, target, args, kwargs, name=None, type_expr=None):
-        if _in_autocast() != self.autocast: raise Opaque(self.here(), 'it switches autocast on or off')
-        node = Node(kind, target, args, kwargs, tuple(self.stack))
-        self.nodes.append(node)
-        return node
+@patch
+def still_held(self:_Tracer, out):
+    "What the stand-ins stand for that something besides what is seen in `out` still holds when the trace is over: a later call could meet them"
+    self.proxies.clear()
+    given = {*nodes_in(out)}
+    alive = lambda: [p.node for ref in self.made if (p := ref()) is not None and p.node not in given]
+    if alive(): gc.collect()
+    return alive()
 
-    def state(self, f):
-        "`f`, which tells how a run is run; the model's author hears both answers"
-        def asked(*args, **kwargs):
-            if threading.get_ident() != self.thread or not self.frames or package_of_frame(sys._getframe(1)) in OURS: return f(*args, **kwargs)
-            return self.choose()
-        asked.stands_for = f
-        return asked
+# %% ../../nbs/04_fold.ways.ipynb #216112a7
+@patch
+def choose(self:_Tracer):
+    "True, and in another way False"
+    choices,taken = frame = self.frames[-1]
+    if taken == len(choices): choices.append(True)
+    if len(choices) > _max_choices: raise Opaque(self.here(), 'it loops on what it computes')
+    frame[1] += 1
+    return choices[taken]
 
-    @contextmanager
-    def watching(self):
-        "Divert this thread's module calls and parameter reads; other threads pass through"
-        call,get,is_ = nn.Module.__call__, nn.Module.__getattr__, builtins.isinstance
-        mine = lambda: threading.get_ident() == self.thread
-        def __call__(m, *args, **kwargs): return self.call_module(m, args, kwargs) if mine() else call(m, *args, **kwargs)
-        def __getattr__(m, name):
-            value = get(m, name)
-            return self.stand_in(value) if issubclass(type(value), Tensor) and mine() else value
-        nn.Module.__call__,nn.Module.__getattr__,builtins.isinstance = __call__,__getattr__,is_instance
-        for name in MODULES & sys.modules.keys(): self.put(vars(sys.modules[name]))
-        for space,asks in ((vars(sys.modules[n]), asks) for n,asks in STATES.items() if n in sys.modules): self.put(space, {n: self.state(space[n]) for n in asks if n in space})
-        try: yield
-        finally:
-            nn.Module.__call__,nn.Module.__getattr__,builtins.isinstance = call,get,is_
-            for space,name,was in self.patched:
-                if was is None: del space[name]
-                else: space[name] = was
+@patch
+def to_bool(self:_Tracer, obj):
+    self.decided.append(obj.node)
+    return self.choose()
+
+@patch
+def iter(self:_Tracer, obj):
+    if n := length_of(obj.node): return builtins.iter([obj[i] for i in range(n)])
+    raise Opaque(self.here(), 'it loops over its input', choice=False)
+
+@patch
+def ways(self:_Tracer, m, args, kwargs):
+    "Every way through `m`"
+    read = self.read_of(m)
+    why = 'it has a `forward` of its own' if 'forward' in vars(m) else read.why
+    if why: raise Opaque(m, why, choice=why not in KINDS_ASKED)
+    params,_ = asked_for_none(m, read)
+    if params and len(self.stack) > 1 and any(map(giver, nodes_in([args, kwargs]))): raise Opaque(m, 'it asks what kind of input it is given')
+    self.prepare(read)
+    outs,choices = [],[]
+    while True:
+        self.tries += 1
+        if len(outs) == MAX_WAYS or self.tries > 100*MAX_WAYS + len(self.names): raise Opaque(m, 'there are too many ways through it')
+        self.frames.append([choices, 0])
+        try: outs.append(m.forward(*args, **kwargs)) # not its hooks: they are the caller's, and would keep a stand-in
+        except Exception as e:
+            if not (choices and was_raised(e)): raise Opaque(m, f"no stand-in for its input goes through it ({(str(e).strip() or type(e).__name__).splitlines()[0]})", choice=False) from e
+        finally: self.frames.pop()
+        while choices and not choices[-1]: choices.pop()
+        if not choices: break
+        choices[-1] = False
+    if self.random and random_state() != self.random: raise Opaque(m, 'it draws random numbers')
+    if len(outs) > 1: self.branched.add(self.names[m])
+    return self.merge(m, outs)
+
+@patch
+def merge(self:_Tracer, m, outs):
+    "One value for what several ways gave"
+    first = outs[0] if outs else None
+    if all(o is first for o in outs): return first
+    if all(issubclass(type(o), fx.Proxy) for o in outs): return self.create_proxy('call_function', phi, tuple(outs), {})
+    if all(type(o) is type(first) for o in outs):
+        if isinstance(first, (list, tuple)) and len({len(o) for o in outs}) == 1: return type(first)(self.merge(m, o) for o in zip(*outs))
+        if isinstance(first, dict) and all(o.keys() == first.keys() for o in outs): return {k: self.merge(m, [o[k] for o in outs]) for k in first}
+        if not values_in(outs, fx.Proxy) and all(o == first for o in outs): return first
+    raise Opaque(m, 'its ways give different things')
+
+# %% ../../nbs/04_fold.ways.ipynb #9642eb0e
+@patch
+def call_module(self:_Tracer, m, args, kwargs):
+    if m not in self.names: raise Opaque(self.here(), f'it calls a {type(m).__name__} that is no part of the model', choice=False)
+    if type(m) not in self.opaque and not called_plainly(m): raise Opaque(m, 'it has a `__call__` of its own')
+    self.stack.append(self.names[m])
+    try:
+        out = self.leaf(m, args, kwargs) if type(m) in self.opaque or plain_batchnorm(m) or known_layer(m) else self.ways(m, args, kwargs)
+        one = len(args) == 1 and not kwargs and issubclass(type(args[0]), fx.Proxy) and issubclass(type(out), fx.Proxy)
+        given,made = ([args[0].node], [out.node]) if one else (nodes_in([args, kwargs]), nodes_in(out))
+        self.calls.append((tuple(self.stack), given, made, one))
+        return out
+    finally: self.stack.pop()
+
+@patch
+def leaf(self:_Tracer, m, args, kwargs):
+    opaque,certain = type(m) in self.opaque, not any(choices for choices,_ in self.frames)
+    if args and args[0] is None and not (opaque or m._forward_pre_hooks or not certain): raise Impossible(m, 'it is called without an input')
+    out = self.create_proxy('call_module', self.names[m], args, kwargs)
+    out.node.training,out.node.settings,out.node.opaque = m.training,(m, settings_of(m)),opaque # now: the trace puts them back
+    if opaque and len(self.stack) > 1: self.no_none(self.stack[-2])
+    return out
+
+@patch
+def no_none(self:_Tracer, name):
+    "The module called `name` got what may be `None`, which it is not to ask"
+    m = self.module(name)
+    if asked_for_none(m, self.read_of(m))[1]: raise Opaque(m, 'it asks what kind of input it is given')
+
+@patch
+def read_of(self:_Tracer, m):
+    if m not in self.readings: self.readings[m] = reading(m)
+    return self.readings[m]
+
+@patch
+def again(self:_Tracer, call):
+    "A second call, after the first: modules that do something else then choose their way"
+    nodes,calls = len(self.nodes),len(self.calls)
+    out = call()
+    def done(nodes, calls):
+        by = {}
+        for n in nodes: by.setdefault(n.stack[-1], []).append((n.op, n.target, plain_in(n)))
+        for stack,*_ in calls: by.setdefault(stack[-2], []).append(stack[-1])
+        return by
+    first,second = done(self.nodes[:nodes], self.calls[:calls]), done(self.nodes[nodes:], self.calls[calls:])
+    self.branched |= {n for n in first.keys() | second.keys() if first.get(n) != second.get(n)}
+    return out
+
+# %% ../../nbs/04_fold.ways.ipynb #a26eee71
+@patch
+def state(self:_Tracer, f):
+    "`f`, which tells how a run is run; the model's author hears both answers"
+    def asked(*args, **kwargs):
+        if threading.get_ident() != self.thread or not self.frames or package_of_frame(sys._getframe(1)) in OURS: return f(*args, **kwargs)
+        return self.choose()
+    asked.stands_for = f
+    return asked
+
+@patch
+def put(self:_Tracer, space, functions={}):
+    "Put `functions` into a namespace, and what stands for those that are one operation each, for as long as the trace lasts"
+    for name,f in (functions | {n: as_operation(f) for n,f in operations_in(space).items()}).items():
+        self.patched.append((space, name, space.get(name)))
+        space[name] = f
+
+@patch
+def put_into(self:_Tracer, space, names):
+    "Functions for which Python lets nothing stand in, and those that tell how a run is run, or remember"
+    own = {n: f for n,f in dict(len=length, int=as_operation(int), float=as_operation(float), type=type_of_any).items() if n in names and n not in space}
+    states = {n: self.state(space[n]) for n in names if is_state(space.get(n))}
+    caches = {n: f.__wrapped__ for n in names if isinstance(f := space.get(n), functools._lru_cache_wrapper)}
+    self.put(space, own | states | caches)
+
+@patch
+def prepare(self:_Tracer, read):
+    "Note what the code that is read may write into, and put what a trace needs in the place of functions that it has names for"
+    if id(read) in self.prepared: return
+    self.prepared.add(id(read))
+    self.memory.note(*read.others)
+    for f in read.functions:
+        if package_of(f) not in _plain_python: self.put_into(f.__globals__, {n for c in codes_in(f.__code__) for n in c.co_names})
+
+@patch
+@contextmanager
+def watching(self:_Tracer):
+    "Divert this thread's module calls and parameter reads; other threads pass through"
+    call,get,is_ = nn.Module.__call__, nn.Module.__getattr__, builtins.isinstance
+    mine = lambda: threading.get_ident() == self.thread
+    def __call__(m, *args, **kwargs): return self.call_module(m, args, kwargs) if mine() else call(m, *args, **kwargs)
+    def __getattr__(m, name):
+        value = get(m, name)
+        return self.stand_in(value) if issubclass(type(value), Tensor) and mine() else value
+    nn.Module.__call__,nn.Module.__getattr__,builtins.isinstance = __call__,__getattr__,is_instance
+    for name in MODULES & sys.modules.keys(): self.put(vars(sys.modules[name]))
+    for space,asks in ((vars(sys.modules[n]), asks) for n,asks in STATES.items() if n in sys.modules): self.put(space, {n: self.state(space[n]) for n in asks if n in space})
+    try: yield
+    finally:
+        nn.Module.__call__,nn.Module.__getattr__,builtins.isinstance = call,get,is_
+        for space,name,was in self.patched:
+            if was is None: del space[name]
+            else: space[name] = was
 
 # %% ../../nbs/04_fold.ways.ipynb #bc4c3a19
 class _Reads(TorchFunctionMode):
