@@ -25,7 +25,7 @@ from .layers import absorb, absorb_batchnorm, grouped, in_channels, like, out_ch
 from .plan import Plan
 from .scale import bared, scale_affine
 
-# %% ../../nbs/07_fold.apply.ipynb #5c653ecd
+# %% ../../nbs/07_fold.apply.ipynb #189e61b9
 class Unfit(ArithmeticError):
     "A folded weight does not fit its dtype; `layer` says whose"
     def __init__(self, layer): super().__init__(layer); self.layer = layer
@@ -72,6 +72,7 @@ def _compose(plan, tensors):
             sides[a.weight] = a, before, after, shifts or a.shift and row.shifts
     return sides, bounds, reach
 
+# %% ../../nbs/07_fold.apply.ipynb #18a1718a
 def _finite(*tensors):
     "Are all values finite? (A finite sum says so at once)"
     return all(t is None or t.is_meta or isfinite(t.detach().sum()) or bool(t.isfinite().all()) for t in tensors)
@@ -111,6 +112,7 @@ def new_weights(
         if row.joins: new |= _joint(row, current)
     return new
 
+# %% ../../nbs/07_fold.apply.ipynb #ea91b93e
 def _joint(row, tensors):
     "The weight, and the bias if there is one, of the layer that does what the module `row` does as well"
     a,(w,b,*stats) = row.absorbs[0], (tensors.get(n) for n in row.stats)
@@ -193,11 +195,7 @@ def become(
     be(type(new), new.__dict__)
     return lambda: be(*was)
 
-# %% ../../nbs/07_fold.apply.ipynb #81905d59
-def _gain_bias(layer, attr, bias):
-    "Give `layer` its first bias, learned if its weight is"
-    layer._parameters[attr] = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
-
+# %% ../../nbs/07_fold.apply.ipynb #df2aaaf2
 @remembered
 def _copied_plainly(cls):
     "Does `copy.deepcopy` copy the attributes of a module of this class, and no more?"
@@ -253,6 +251,12 @@ def apart(
         if m in old: raise TypeError(f'a {type(m).__name__} is not in the copy: a `__deepcopy__` of its own gives the original')
     return new
 
+# %% ../../nbs/07_fold.apply.ipynb #0eaee5cf
+def _gain_bias(layer, attr, bias):
+    "Give `layer` its first bias, learned if its weight is"
+    layer._parameters[attr] = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
+
+# %% ../../nbs/07_fold.apply.ipynb #814d9fe4
 @uncollected()
 def folded_copy(
     model:nn.Module, # Not changed
