@@ -215,7 +215,8 @@ def _asks_for_attributes(code):
 def _compared_with_none(c):
     "The instructions of a code that load what it compares with `None`"
     code = [*dis.get_instructions(c)]
-    return [code[at-2 if i.opname == 'IS_OP' else at-1] for at,i in enumerate(code) if at and (i.opname == 'IS_OP' and code[at-1].argval is None or i.opname.startswith('POP_JUMP') and 'NONE' in i.opname)]
+    by_is = [code[at-2] for at,i in enumerate(code) if at and i.opname == 'IS_OP' and code[at-1].argval is None]
+    return by_is + [before for before,i in zip(code, code[1:]) if i.opname.startswith('POP_JUMP') and 'NONE' in i.opname]
 
 # %% ../../nbs/02_fold.code.ipynb #ee9aad89
 MAX_WAYS = 32 # that are gone through
@@ -242,14 +243,17 @@ def _functions(o):
     "The same without what wraps them"
     return [g for f in behind(o) if callable(f) and isinstance(g := inspect.unwrap(f), FunctionType)]
 
-_making = {f'__{n}__' for n in ('init', 'new', 'init_subclass', 'class_getitem', 'setstate', 'getstate', 'reduce', 'reduce_ex', 'copy', 'deepcopy', 'repr', 'str', 'dir', 'del')} # what no `forward` comes to
+_making = {f'__{n}__' for n in ('init', 'new', 'init_subclass', 'class_getitem', 'setstate', 'getstate', 'reduce', 'reduce_ex',
+                               'copy', 'deepcopy', 'repr', 'str', 'dir', 'del')} # what no `forward` comes to
+def _reads_attribute(i): return i.opname.startswith(('LOAD_ATTR', 'LOAD_METHOD'))
 def _calls_method(i): return i.opname == 'LOAD_METHOD' or i.opname == 'LOAD_ATTR' and sys.version_info >= (3, 12) and i.arg & 1
 def _instructions(f): return [[*dis.get_instructions(c)] for c in codes_in(f.__code__)]
 
 @remembered
 def _names_in(f):
     "The names in a function, but for those that are read from a global object"
-    return {i.argval for code in _instructions(f) for before,i in zip([None, *code], code) if isinstance(i.argval, str) and not (before and before.opname == 'LOAD_GLOBAL' and i.opname.startswith(('LOAD_ATTR', 'LOAD_METHOD')))}
+    of_global = lambda before, i: before and before.opname == 'LOAD_GLOBAL' and _reads_attribute(i)
+    return {i.argval for code in _instructions(f) for before,i in zip([None, *code], code) if isinstance(i.argval, str) and not of_global(before, i)}
 
 def _constant_name(code, at):
     "The name that the `getattr` at `code[at]` asks for, if it is a constant: what is pushed before the call, or before a default"
@@ -260,6 +264,7 @@ def _constant_name(code, at):
 
 def _own_functions(m):
     "Each of `m`'s own methods that its `forward` may come to, those of its bases up to PyTorch's own, and each function that it holds but for PyTorch's"
+    by_a_computed_name = lambda code, at: code[at].opname.startswith('LOAD_GLOBAL') and code[at].argval == 'getattr' and not _constant_name(code, at)
     own = [(name, f) for c in type(m).__mro__ if not c.__module__.startswith('torch.nn.') for name,o in vars(c).items() if name not in _making for f in _functions(o)]
     bound = [f.__func__ for f in vars(m).values() if isinstance(f, MethodType) and f.__self__ is m]
     held = [inspect.unwrap(f) for f in (*vars(m).values(), *bound) if isinstance(f, FunctionType) and not (f.__module__ or '').startswith('torch.')]
@@ -267,7 +272,7 @@ def _own_functions(m):
     while now := [(n, f) for n,f in left if n == 'forward' or n.startswith('__') or any(n in _names_in(g) for g in reached)]:
         left = [o for o in left if o not in now]
         reached = [*reached, *(f for _,f in now)]
-        if any(i.argval == 'getattr' and not _constant_name(code, at) for _,f in now for code in _instructions(f) for at,i in enumerate(code) if i.opname.startswith('LOAD_GLOBAL')): return [*held, *(f for _,f in own)]
+        if any(by_a_computed_name(code, at) for _,f in now for code in _instructions(f) for at in range(len(code))): return [*held, *(f for _,f in own)]
     return reached
 
 # %% ../../nbs/02_fold.code.ipynb #7dd56631
@@ -302,8 +307,9 @@ def _is_static(m, f): return any(isinstance(o, staticmethod) and f in _functions
 
 def _hands_itself_over(f):
     "Does the method `f` give its module to a function of the model's author?"
-    authors = any(is_authors(g, but=('torch', 'fasterai')) for g in named_in(f)[0].values())
-    return authors and any(_is_self(i, f) and not after.opname.startswith(('LOAD_ATTR', 'LOAD_METHOD', 'LOAD_SUPER', 'STORE_ATTR', 'GET_ITER')) and not (code[at-1].argval == 'getattr' and after.opname == 'LOAD_CONST') for code in _instructions(f) for at,(i,after) in enumerate(zip(code, code[1:])))
+    if not any(is_authors(g, but=('torch', 'fasterai')) for g in named_in(f)[0].values()): return False
+    keeps = lambda before, after: after.opname.startswith(('LOAD_ATTR', 'LOAD_METHOD', 'LOAD_SUPER', 'STORE_ATTR', 'GET_ITER')) or before.argval == 'getattr' and after.opname == 'LOAD_CONST'
+    return any(_is_self(i, f) and not keeps(before, after) for code in _instructions(f) for before,i,after in zip([code[-1], *code], code, code[1:]))
 
 def _goes_in(code, at):
     "Is something taken out of what is no attribute: of a local variable, of what was taken out itself?"
@@ -332,7 +338,7 @@ def _attributes_read(m, codes):
     asks_fact = lambda i,after: after.opname.startswith('LOAD_ATTR') and i.argval in m._modules and _is_plain_fact(m._modules[i.argval], after.argval)
     read = {i.argval for _,code in codes for i,after in zip(code, code[1:]) if is_read(i) and not asks_none(after) and not asks_fact(i, after)}
     read |= {_constant_name(code, at) for _,code in codes for at,i in enumerate(code) if i.opname.startswith('LOAD_') and i.argval == 'getattr'}
-    of_others = {i.argval for f,code in codes for before,i in zip(code, code[1:]) if i.opname.startswith(('LOAD_ATTR', 'LOAD_METHOD')) and not _is_self(before, f)}
+    of_others = {i.argval for f,code in codes for before,i in zip(code, code[1:]) if _reads_attribute(i) and not _is_self(before, f)}
     return read, of_others | {n for n in read if n}
 
 def may_reach(

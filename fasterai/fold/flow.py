@@ -121,8 +121,9 @@ def hook_name(
     m:nn.Module,
 )->str: # '' where there is none
     "The name of the first forward or backward hook on `m`, or on every module"
-    hooks = (h for kind in _hook_kinds for held in (getattr(m, kind), getattr(nn_module, f'_global{kind}')) if held for h in [*held.values()] if getattr(h, '__module__', '') != 'fasterai.fold.record') # not those of a run that another thread records
-    return next((getattr(h, '__qualname__', type(h).__name__) for h in hooks), '')
+    hooks = (h for kind in _hook_kinds for held in (getattr(m, kind), getattr(nn_module, f'_global{kind}')) if held for h in [*held.values()])
+    others = (h for h in hooks if getattr(h, '__module__', '') != 'fasterai.fold.record') # which another thread may have, that records a run
+    return next((getattr(h, '__qualname__', type(h).__name__) for h in others), '')
 
 # %% ../../nbs/02_fold.flow.ipynb #81957588
 @dataclass(eq=False)

@@ -60,12 +60,14 @@ def is_record(kind):
 
 def _slots(o): return {n: getattr(o, n) for c in type(o).__mro__ for n in vars(c).get('__slots__', ()) if not n.startswith('__') and hasattr(o, n)}
 
+def _closed_over(f): return [c.cell_contents for n,c in zip(f.__code__.co_freevars, f.__closure__ or ()) if n != '__class__' and c != CellType()]
+
 def content(o):
     "What an object holds, as far as a `forward` would reach for it"
     if isinstance(o, dict): return [*o.values()]
     if isinstance(o, (list, tuple, set, frozenset, deque)): return o
     if isinstance(o, MethodType): return [o.__self__, *content(o.__func__)]
-    if isinstance(o, FunctionType): return [*(c.cell_contents for n,c in zip(o.__code__.co_freevars, o.__closure__ or ()) if n != '__class__' and c != CellType()), *(o.__defaults__ or ()), *(o.__kwdefaults__ or {}).values()]
+    if isinstance(o, FunctionType): return [*_closed_over(o), *(o.__defaults__ or ()), *(o.__kwdefaults__ or {}).values()]
     if isinstance(o, functools.partial): return [o.func, *o.args, *o.keywords.values()]
     if isinstance(o, weakref.ref): return [o()]
     return [*getattr(o, '__dict__', {}).values(), *_slots(o).values()] if isinstance(o, (nn.Module, SimpleNamespace)) or is_record(type(o)) else []
@@ -138,18 +140,20 @@ def named_in(
     return held | {n: o.stands_for for n,o in held.items() if isinstance(o, FunctionType) and hasattr(o, 'stands_for')}, names, asked - made # a trace put it there
 
 _making = {f'__{n}__' for n in ('init', 'new', 'post_init')}
-_unasked = {f'__{n}__' for n in ('init_subclass', 'setstate', 'getstate', 'reduce', 'reduce_ex', 'repr', 'str', 'dir', 'doc', 'class', 'subclasshook', 'class_getitem', 'setattr', 'delattr')} # no `forward` comes to these, but by name or by an assignment
-_special = ({n for kind in (int, float, list, dict, set, memoryview, FunctionType, property) for n in dir(kind) if n.startswith('__')} | {'__getattr__', '__missing__', '__next__', '__matmul__', '__imatmul__', '__torch_function__', '__array__'}) - _unasked # which an operator, or something else without a name, calls
+_unasked = {f'__{n}__' for n in ('init_subclass', 'setstate', 'getstate', 'reduce', 'reduce_ex', 'repr', 'str', 'dir', 'doc', 'class',
+                                'subclasshook', 'class_getitem', 'setattr', 'delattr')} # no `forward` comes to these, but by name or by an assignment
+_special = {f'__{n}__' for n in ('getattr', 'missing', 'next', 'matmul', 'imatmul', 'torch_function', 'array')} - _unasked \
+    | {n for kind in (int, float, list, dict, set, memoryview, FunctionType, property) for n in dir(kind) if n.startswith('__')} - _unasked # which an operator, or something else without a name, calls
 
 @remembered
 def _methods(cls):
     "What the classes that the author wrote have, by name: the one that is used, and those above it to which it may pass on"
     found = {}
+    generated = lambda c, n, f: hasattr(c, '__dataclass_fields__') and n.startswith('__') and f.__code__.co_filename == '<string>'
     for c in cls.__mro__:
         if package_of(c) in _python | _known or issubclass(c, Tensor): continue
-        generated = hasattr(c, '__dataclass_fields__')
         for n,o in vars(c).items():
-            functions = [f for f in behind(o) if not (isinstance(f, FunctionType) and (package_of(f) in _python or generated and n.startswith('__') and f.__code__.co_filename == '<string>'))]
+            functions = [f for f in behind(o) if not (isinstance(f, FunctionType) and (package_of(f) in _python or generated(c, n, f)))]
             if n not in found or any({'super', n} & {*f.__code__.co_names} for f in found[n] if isinstance(f, FunctionType)): found.setdefault(n, []).extend(functions)
     return found
 

@@ -145,7 +145,8 @@ def fits(
 )->bool:
     "Can the layer `large` do what `small` does as well, with other weights?"
     if (small.outs, small.ins, small.stride) != (large.outs, large.ins, large.stride) or small.groups % large.groups or None in (small.margins, large.margins): return False
-    return all(k <= l and (l-k) % 2 == 0 and (k == 1 or d == e) and p - q == e*(l-k)//2 for k,d,q,l,e,p in zip(small.kernel, small.dilation, small.margins, large.kernel, large.dilation, large.margins))
+    axes = zip(small.kernel, small.dilation, small.margins, large.kernel, large.dilation, large.margins)
+    return all(k <= l and (l-k) % 2 == 0 and (k == 1 or d == e) and p - q == e*(l-k)//2 for k,d,q,l,e,p in axes)
 
 @patch
 def beside(self:Finder, row, calls):

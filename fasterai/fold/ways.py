@@ -34,7 +34,8 @@ class _Tracer(fx.proxy.TracerBase):
         self.names,self.params,self.opaque,self.random = names,params,opaque,random # `random`: the state of the generators, if no number may be drawn
         self.thread,self.autocast = threading.get_ident(),_in_autocast()
         self.stack,self.frames,self.tries = [],[],0 # the modules that it is in; the choices of each
-        self.nodes,self.calls,self.read,self.branched,self.decided = [],[],set(),set(),[] # what it notes: `read`, of parameters; `branched`, the modules with several ways; `decided`, the values that chose
+        self.nodes,self.calls = [],[]
+        self.read,self.branched,self.decided = set(),set(),[] # parameters; modules with several ways; the values that chose
         self.proxies,self.made = {},[] # stand-ins: of parameters, and all
         self.readings,self.prepared,self.memory,self.patched = {},set(),None,[]
 
@@ -277,6 +278,8 @@ def _held_now(o):
     "The numbers and names in a module or a dict, or how long a list is"
     return {k: v for k,v in o.items() if type(v) in ATOMS} if isinstance(o, dict) else len(o) if isinstance(o, (list, set, deque)) else None
 
+def _holder(m, o): return next((k for k in m.modules() if o is vars(k) or any(v is o for v in vars(k).values())), m)
+
 @none_swallowed()
 def trace_ways(m, names, params, opaque, variant, random=None):
     "All ways through `m`, called like this: the tracer, whose nodes end in an output. If random numbers were drawn, once more, to see by whom: `random` is the state in which that begins"
@@ -293,7 +296,7 @@ def trace_ways(m, names, params, opaque, variant, random=None):
         if memory := tracer.memory.changed(): # what it remembers of one call may decide another
             before = [_held_now(o) for o,_ in memory]
             with reads: out.append(tracer.again(call))
-            for o in (o for (o,_),b in zip(memory, before) if _held_now(o) != b): raise Opaque(next((k for k in m.modules() if o is vars(k) or any(v is o for v in vars(k).values())), m), 'it counts its calls')
+            for o in (o for (o,_),b in zip(memory, before) if _held_now(o) != b): raise Opaque(_holder(m, o), 'it counts its calls')
         drawn = random_state() != state
         tracer.kept = tracer.still_held(out) # while `out` is there: it may be of a kind that we can't look into
     if drawn and random: raise Opaque(m, 'it draws random numbers')
