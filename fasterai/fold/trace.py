@@ -7,6 +7,7 @@ __all__ = ['trace_flow', 'note_sizes', 'same_outline']
 
 # %% ../../nbs/05_fold.trace.ipynb #acd8da21
 import operator,threading
+from operator import itemgetter
 from math import prod
 
 import torch
@@ -19,7 +20,7 @@ from .carry import ORDERS, PARTS, RESHAPES, Stop, order
 from .code import KINDS_ASKED, may_choose, variants
 from .flow import SHAPED_LIKE, Call, Entry, Flow, Value, mapped, naming, read_written_out, tensors_of, under, values_in
 from .held import held_in, uncollected
-from .known import METADATA, called_plainly, custom_op, is_plain, known_layer, plain_batchnorm, plain_in
+from .known import METADATA, called_plainly, custom_op, is_plain, known_layer, plain_batchnorm
 from .layers import LAYERS, layer_call, out_channels
 from .standin import INPLACE, Impossible, Node, Opaque
 from .ways import trace_ways
@@ -151,7 +152,7 @@ class _Graph:
         self.flow,self.of = flow,{}
         for node in tracer.nodes: self.of[node] = self.read(node, node.stack)
         values = lambda nodes: [v for n in nodes if type(v := self.of.get(n)) is Value]
-        for stack,args,outs,one in tracer.calls: flow.entries.append(Entry(stack[-1], stack, values(args), values(outs), one))
+        for stack,args,outs,one,_ in tracer.calls: flow.entries.append(Entry(stack[-1], stack, values(args), values(outs), one))
         for name in tracer.read: flow.params[name].outside = 'a computation on weights'
         for v in values(tracer.decided): v.outside = v.outside or 'an `if`'
         for v in (self.of.get(n) for n in tracer.kept):
@@ -204,19 +205,42 @@ class _Graph:
         return outs if parts else outs[0]
 
 # %% ../../nbs/05_fold.trace.ipynb #c943161e
-def _done(tracer): return [n for n in tracer.nodes if n.op not in ('get_attr', 'output', 'placeholder')]
+def _written(o, of):
+    "An argument as text: a node as what it is `of`, an object of a class of its own as that class"
+    if isinstance(o, Node): return f'%{at}' if type(at := of.get(o, '?')) is int else at
+    if isinstance(o, slice): return f'slice{_written((o.start, o.stop, o.step), of)}'
+    if isinstance(o, dict): return str({k: _written(v, of) for k,v in o.items()})
+    if isinstance(o, (tuple, list)): return f"{type(o).__name__}({', '.join(_written(v, of) for v in o)})"
+    return repr(o) if is_plain(o) else getattr(o, '__qualname__', type(o).__name__)
 
-def _chosen(name, tracers):
-    "The modules that choose their way by an argument that may be left out, or by a True or False: the root called `name`, if what is done is not the same, else those in which it is done with other numbers or names"
-    if len({str(_signature(t)) for t in tracers}) > 1: return {name}
-    return {same[0].stack[-1] for same in zip(*map(_done, tracers)) if len({str(plain_in(n)) for n in same}) > 1}
+def _own(tracer, one, opens):
+    "The nodes and calls that a module made itself in `one` pass through it, in order; those of a Sequential are its caller's"
+    within = lambda stack: stack[:len(one.stack)] == one.stack and all(n in opens for n in stack[len(one.stack):])
+    nodes = [((i, 1), n) for i,n in enumerate(tracer.nodes[one.nodes], one.nodes.start) if n.stack == one.stack]
+    calls = [((c[-1], 0), c) for c in tracer.calls[one.calls] if within(c[0][:-1]) and c[0][-1] not in opens]
+    return [o for _,o in sorted(nodes + calls, key=itemgetter(0))]
 
-def _signature(tracer):
-    "What was done, where, to what, and what came of it, whatever other arguments (a mask) there were"
-    done = _done(tracer)
-    at = {n: i for i,n in enumerate(done)} | {n: (n.op, n.target) for n in tracer.nodes if n.op in ('get_attr', 'placeholder')}
-    read = lambda n: [at[o] for i,o in enumerate(n.inputs) if o in at and not (i and o.op == 'placeholder')]
-    return [(n.op, n.target, n.stack[-1], read(n)) for n in done], [read(n) for n in tracer.nodes if n.op == 'output'], [at.get(n) for n in tracer.kept]
+def _told(tracer, one, opens):
+    "What a module does in `one` pass, whoever called it: with what it was given, which operations it calls and which children, and what it gives back or keeps. A mask, or whatever else the root was given besides, may be passed on or not"
+    passed_on = lambda nodes: [n for i,n in enumerate(nodes) if not i or n.op != 'placeholder']
+    of,lines = {n: f'given{i}' for i,n in enumerate(passed_on(one.given))}, []
+    for o in _own(tracer, one, opens):
+        at = len(lines)
+        if not isinstance(o, Node):
+            lines.append((o[0][-1], *(of.get(n, '?') for n in passed_on(o[1]))))
+            for i,n in enumerate(o[2]): of.setdefault(n, f'{at}.{i}')
+        elif o.op == 'get_attr': of[o] = o.target
+        elif o.op != 'placeholder':
+            lines.append((o.op, o.target, _written((o.args, o.kwargs), of)))
+            of[o] = at
+    return tuple(lines), tuple(of.get(n, '?') for n in one.made), tuple(of[n] for n in tracer.kept if n in of)
+
+def _choosing(tracers, opens=()):
+    "The modules that do not do the same every time that they are called: by an argument that may be left out, by what their caller gives them, or by what they remember"
+    passes = {}
+    for t in tracers:
+        for one in t.passes: passes.setdefault(one.stack[-1], []).append((t, one))
+    return {name for name,several in passes.items() if len(several) > 1 and len({_told(*one, opens) for one in several}) > 1}
 
 # %% ../../nbs/05_fold.trace.ipynb #3a17bfe4
 def _may_reach(flow, m, names, but=None):
@@ -270,12 +294,12 @@ def trace_flow(
             if type(m).forward is nn.Sequential.forward and name and seen.issuperset(m) and not any(under(name, f) for f in flow.failed): continue # nobody calls it, but for what it holds
             seen.add(m)
             tracers = _trace_root(m, flow, names, opaque)
-            if len(tracers) > 1: flow.branches |= _chosen(name, tracers)
             for tracer in tracers:
                 seen.update(flow.modules[stack[-1]] for stack,*_ in tracer.calls)
                 flow.branches |= tracer.branched
                 flow.traces.append((name, set(opaque), tracer))
                 _Graph(flow, tracer)
+    flow.branches |= _choosing([tracer for *_,tracer in flow.traces], {n for n,m in flow.modules.items() if type(m).forward is nn.Sequential.forward})
     for m in names:
         if m._forward_hooks or m._forward_pre_hooks: # a hook is given its module, and may use what is in it, and what it holds itself
             _may_reach(flow, m, names, but=m if not m._modules else None)
@@ -306,14 +330,6 @@ def note_sizes(
         for v in c.outs: v.sure = unsure(v) if shape is None else shape
 
 # %% ../../nbs/05_fold.trace.ipynb #5ae5a9c3
-def _written(o, of):
-    "An argument as text: a node as what it is `of`, an object of a class of its own as that class"
-    if isinstance(o, Node): return f'%{at}' if type(at := of.get(o, '?')) is int else at
-    if isinstance(o, slice): return f'slice{_written((o.start, o.stop, o.step), of)}'
-    if isinstance(o, dict): return str({k: _written(v, of) for k,v in o.items()})
-    if isinstance(o, (tuple, list)): return f"{type(o).__name__}({', '.join(_written(v, of) for v in o)})"
-    return repr(o) if is_plain(o) else getattr(o, '__qualname__', type(o).__name__)
-
 def _outline(tracer, gone, weights, heirs={}):
     "What was done, where, and to what, but for what is `gone`: modules and weights by name, and whether what they were given stands for what they gave, or nothing does. A weight that is not one of `weights` is written as `None`, and a module that took another's place as it was called: see `heirs`"
     lines,of = [],{} # `of` a node: the line that stands for it, -1 where nothing does, or the name of a weight

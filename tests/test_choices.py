@@ -1,0 +1,115 @@
+"A choice made in one module that changes what happens in another: by what it is given, or by what is left behind."
+import pytest, torch
+import torch.nn.functional as F
+from torch import nn
+
+from helpers import randomise
+from test_ways import bn, conv, folded, pair
+
+
+class Outer(nn.Module):
+    def __init__(self, inner, forward): super().__init__(); self.inner, self.way = inner, forward
+    def forward(self, x, *flag): return self.way(self, x, *flag)
+
+
+def outer(forward, inner): return randomise(type('Net', (nn.Module,), dict(forward=forward))()) if inner is None else randomise(_with(type('Net', (nn.Module,), dict(forward=forward))(), inner))
+def _with(m, inner):
+    m.inner = inner
+    return m
+
+
+def normed(m, x, flag): return m.bn(m.conv(x)) if flag else m.conv(x)
+def activated(m, x, flag):
+    y = m.conv(x)
+    if flag: y = y.relu()
+    return m.bn(y)
+def padded(m, x, mode): return m.conv(F.pad(m.bn(x), (1, 1, 1, 1), mode=mode))
+def given_out(m, x, flag=False):
+    y = m.conv(x)
+    return (m.bn(y), y) if flag else m.bn(y)
+def by_an_attribute(m, x):
+    y = m.conv(x)
+    return m.bn(y.relu() if m.active else y)
+
+
+def passed_on(m, x, flag=True): return m.inner(x, flag)
+def by_its_size(m, x): return m.inner(x, True) if x.shape[-1] > 6 else m.inner(x, False)
+def by_gradient(m, x): return m.inner(x, torch.is_grad_enabled())
+def by_mode(m, x): return m.inner(x, 'reflect' if x.shape[-1] > 1 else 'constant')
+def asked_for(m, x, flag=False): return m.inner(x, True) if flag else m.inner(x)
+def sets(m, x, flag=False):
+    m.inner.active = flag
+    return m.inner(x)
+def sets_by_size(m, x):
+    m.inner.active = True if x.shape[0] > 2 else False
+    return m.inner(x)
+def of_several(m, x, flag=0): return m.inner(x, flag > 1)
+
+
+large, small, one, many = (torch.randn(*size, dtype=torch.float64) for size in ((2, 4, 7, 7), (2, 4, 5, 5), (2, 4, 5, 1), (3, 4, 5, 5)))
+told = [(passed_on, normed, [(small,), (small, False)]), (passed_on, activated, [(small, False), (small,)]), (by_its_size, activated, [(small,), (large,)]), (by_gradient, activated, [(small,)]),
+        (by_mode, padded, [(small,), (one,)]), (asked_for, given_out, [(small,), (small, True)]), (sets, by_an_attribute, [(small,), (small, True)]), (sets_by_size, by_an_attribute, [(small,), (many,)]),
+        (of_several, activated, [(small,), (small, 2)])]
+
+
+@pytest.mark.parametrize('forward, within, calls', told, ids=lambda o: getattr(o, '__name__', ''))
+def test_a_child_is_told_which_way_to_take(forward, within, calls):
+    for example in ((), *calls):
+        inner = pair(within)
+        inner.active = False
+        assert not folded(outer(forward, inner), example, calls).folded
+
+
+def test_a_child_that_is_told_the_same_every_time_folds():
+    for example in ((), (small,)): assert folded(outer(lambda m, x, flag=True: m.inner(x, False), pair(activated)), example, [(small,), (small, False)]).folded
+
+
+class Padder(nn.Module):
+    odd = False
+    def forward(self, x):
+        self.odd = False
+        if x.shape[-1] % 2:
+            self.odd = True
+            x = F.pad(x, (0, 1))
+        return x
+class Collects(nn.Module):
+    def forward(self, x, features):
+        if x.shape[0] > 2: features.append(x)
+        return x*1
+class Counts(nn.Module):
+    def __init__(self): super().__init__(); self.seen = {}
+    def forward(self, x):
+        self.seen['large'] = x.shape[0] > 2 and True
+        if x.shape[0] > 2: self.seen['several'] = 1
+        return x*1
+class Hidden(Padder):
+    "Can't be followed"
+    def forward(self, x):
+        for _ in range(int(x.shape[-1])): x = x*1
+        return super().forward(x)
+
+
+def reads_an_attribute(m, x):
+    y = m.conv(m.inner(x))
+    if m.inner.odd: y = y[..., :-1].relu()
+    return m.bn(y)
+def reads_a_list(m, x):
+    features = []
+    y = m.conv(m.inner(x, features))
+    return m.bn(y if features else y.relu())
+def reads_a_dict(m, x):
+    y = m.conv(m.inner(x))
+    return m.bn(y.relu() if 'several' in m.inner.seen else y)
+def seen_by_itself(m, x):
+    y = m.conv(x)
+    if x.shape[0] > 2: m.seen = True
+    return m.bn(y if m.seen else y.relu())
+
+
+@pytest.mark.parametrize('forward, inner, calls', [(reads_an_attribute, Padder, [(torch.randn(2, 4, 6, 6),), (small,)]), (reads_an_attribute, Hidden, [(torch.randn(2, 4, 6, 6),), (small,)]),
+                                                   (reads_a_list, Collects, [(small,), (many,)]), (reads_a_list, Collects, [(many,), (small,)]), (reads_a_dict, Counts, [(small,), (many,)]), (seen_by_itself, nn.Identity, [(small,), (many,)])], ids=lambda o: getattr(o, '__name__', ''))
+def test_a_child_leaves_something_behind_that_is_asked_for(forward, inner, calls):
+    for example in ((), *calls[:1]):
+        model = pair(forward)
+        model.inner, model.seen = inner(), False
+        folded(model, tuple(o.double() for o in example), [(o.double(),) for o, in calls])
