@@ -8,11 +8,12 @@ __all__ = ['written', 'read_of_others', 'Left']
 # %% ../../nbs/03_fold.left.ipynb #742865dc
 import dis
 from collections import deque
+from functools import cached_property
 
 from torch import Tensor, fx, nn
 
 from .code import functions_of
-from .held import ATOMS, OWN, codes_in, held_in, own_attributes, remembered
+from .held import ATOMS, OWN, codes_in, held_in, own_attributes, package_of, remembered
 
 # %% ../../nbs/03_fold.left.ipynb #6d6c2877
 _changing = {'append', 'appendleft', 'extend', 'insert', 'add', 'update', 'setdefault', 'pop', 'popleft', 'popitem', 'remove', 'discard', 'clear', 'sort', 'reverse', '__setitem__', '__setattr__', 'register_buffer'}
@@ -34,6 +35,7 @@ def written(
     m:nn.Module,
 )->tuple: # Names of attributes; and does it change what lists and dicts hold?
     "What the `forward` of `m` may write, its children's left out"
+    if package_of(type(m)) == 'torch' and not own_attributes(m): return frozenset(), False # it holds nobody's code
     found = [_written_by(f) for f in functions_of(m)]
     return frozenset().union(*(names for names,_ in found)), any(changes for _,changes in found)
 
@@ -56,25 +58,32 @@ def read_of_others(
 # %% ../../nbs/03_fold.left.ipynb #efed1082
 _kinds = (dict, list, set, deque)
 
-def _told(o, within=()):
-    "The numbers and names in `o`"
-    if type(o) in ATOMS: return repr(o)
-    if not issubclass(type(o), (*_kinds, tuple)) or id(o) in within: return '·'
-    return [_told(v, (*within, id(o))) for v in ([*o.items()] if isinstance(o, dict) else o)]
-
 class Left:
     "What the modules in `m` hold, and the lists and dicts that it is given"
     def __init__(self, m, given):
         inside = lambda o: held_in(o, _kinds, but=(Tensor, type, nn.Module, fx.Proxy))
-        modules = [*m.modules()]
-        self.saved = [(c, c.copy()) for k in modules for c in (vars(k), k._buffers, *(c for v in own_attributes(k) for c in inside(v)))] + [(c, c.copy()) for c in inside(given)]
-        self.told = [{n: _told(v) for n,v in vars(k).items() if n not in OWN or n == 'training'} for k in modules] + [_told(given)]
+        self.modules,self.given = [*m.modules()],given
+        held = [c for k in self.modules for c in (vars(k), k._buffers, *(c for v in own_attributes(k) for c in inside(v)))] + inside(given)
+        self.saved = {id(c): (c, c.copy()) for c in held}
+
+    def told(self, o, within=()):
+        "The numbers and names in `o`, as they were"
+        if type(o) in ATOMS: return repr(o)
+        if not issubclass(type(o), (*_kinds, tuple)) or id(o) in within: return '·'
+        o,within = self.saved.get(id(o), (o, o))[1], (*within, id(o))
+        return [self.told(v, within) for v in ([*o.items()] if isinstance(o, dict) else o)]
+
+    @cached_property
+    def all_told(self):
+        "The attributes of each module, and what is given"
+        return [{n: self.told(v) for n,v in self.saved[id(vars(k))][1].items() if n not in OWN or n == 'training'} for k in self.modules] + [self.told(self.given)]
 
     def put_back(self):
-        for c,old in self.saved:
+        for c,old in self.saved.values():
             c.clear()
             (c.extend if isinstance(c, (list, deque)) else c.update)(old)
 
     def differing(self, other):
         "The names of the attributes in which it differs from another; and does what was given differ?"
-        return {n for a,b in zip(self.told[:-1], other.told) for n in a.keys() | b.keys() if a.get(n) != b.get(n)}, self.told[-1] != other.told[-1]
+        *mine,given = self.all_told
+        return {n for a,b in zip(mine, other.all_told) for n in a.keys() | b.keys() if a.get(n) != b.get(n)}, given != other.all_told[-1]

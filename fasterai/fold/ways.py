@@ -158,11 +158,11 @@ def ways(self:_Tracer, m, args, kwargs):
 @patch
 def leave(self:_Tracer, m, before, ends):
     "Go on with what `m` leaves behind, if only it itself may ask for it"
-    changed = {str(e.told): e for e in ends if e.told != before.told}
+    changed = {str(e.all_told): e for e in ends if e.all_told != before.all_told}
     if len(changed) > 1: raise Opaque(m, 'what it leaves behind depends on its way')
     for end in changed.values():
         end.put_back()
-        if len(ends) > 1 and any(e.told != end.told for e in ends): self.asked_for(m, *end.differing(before))
+        if len(ends) > 1 and any(e.all_told != end.all_told for e in ends): self.asked_for(m, *end.differing(before))
 
 @patch
 def asked_for(self:_Tracer, m, names, given):
@@ -175,10 +175,11 @@ def asked_for(self:_Tracer, m, names, given):
 @patch
 def written_below(self:_Tracer, m):
     "What `m`, and all the modules in it, may write: names of attributes; and do they change lists or dicts?"
-    for o in m.modules():
-        if o not in self.writing: self.writing[o] = written(o)
-    found = [self.writing[o] for o in m.modules()]
-    return frozenset().union(*(names for names,_ in found)), any(changes for _,changes in found)
+    if m not in self.writing:
+        self.writing[m] = frozenset(), False # for one that holds itself
+        found = [written(m), *(self.written_below(o) for o in m._modules.values() if o is not None)]
+        self.writing[m] = frozenset().union(*(names for names,_ in found)), any(changes for _,changes in found)
+    return self.writing[m]
 
 @patch
 def merge(self:_Tracer, m, outs):
