@@ -16,7 +16,8 @@ from .code import functions_of
 from .held import ATOMS, OWN, codes_in, held_in, own_attributes, package_of, remembered
 
 # %% ../../nbs/03_fold.left.ipynb #6d6c2877
-_changing = {'append', 'appendleft', 'extend', 'insert', 'add', 'update', 'setdefault', 'pop', 'popleft', 'popitem', 'remove', 'discard', 'clear', 'sort', 'reverse', '__setitem__', '__setattr__', 'register_buffer'}
+_kinds = (dict, list, set, deque)
+_changing = {'append', 'appendleft', 'extend', 'insert', 'add', 'update', 'setdefault', 'pop', 'popleft', 'popitem', 'remove', 'discard', 'clear', 'sort', 'reverse', '__setitem__', 'register_buffer'}
 
 def _reads(i): return i.opname.startswith(('LOAD_ATTR', 'LOAD_METHOD'))
 
@@ -26,9 +27,8 @@ def _written_by(f):
     for c in codes_in(f.__code__):
         code = [*dis.get_instructions(c)]
         names |= {i.argval for i in code if i.opname in ('STORE_ATTR', 'DELETE_ATTR')}
-        if any(i.opname in ('STORE_SUBSCR', 'DELETE_SUBSCR') or _reads(i) and i.argval in _changing or i.argval == 'setattr' for i in code):
-            changes = True
-            names |= {i.argval for i in code if _reads(i)} | {o for o in c.co_consts if type(o) is str}
+        changes = changes or any(i.opname in ('STORE_SUBSCR', 'DELETE_SUBSCR') or _reads(i) and i.argval in _changing for i in code)
+        if any(i.argval in ('setattr', '__setattr__') for i in code): names |= {o for o in c.co_consts if type(o) is str}
     return frozenset(names), changes
 
 def written(
@@ -37,7 +37,9 @@ def written(
     "What the `forward` of `m` may write, its children's left out"
     if package_of(type(m)) == 'torch' and not own_attributes(m): return frozenset(), False # it holds nobody's code
     found = [_written_by(f) for f in functions_of(m)]
-    return frozenset().union(*(names for names,_ in found)), any(changes for _,changes in found)
+    changes = any(changes for _,changes in found)
+    holding = [n for n,v in vars(m).items() if n not in OWN and changes and held_in(v, _kinds, but=(Tensor, type, nn.Module))]
+    return frozenset().union(holding, *(names for names,_ in found)), changes
 
 @remembered
 def _read_of_others_by(f):
@@ -56,8 +58,6 @@ def read_of_others(
     return frozenset().union(*map(_read_of_others_by, functions_of(m)))
 
 # %% ../../nbs/03_fold.left.ipynb #efed1082
-_kinds = (dict, list, set, deque)
-
 class Left:
     "What the modules in `m` hold, and the lists and dicts that it is given"
     def __init__(self, m, given):
