@@ -132,6 +132,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fasterai.fold.code._held_by': ('fold.code.html#_held_by', 'fasterai/fold/code.py'),
                                     'fasterai.fold.code._instructions': ('fold.code.html#_instructions', 'fasterai/fold/code.py'),
                                     'fasterai.fold.code._is_answer': ('fold.code.html#_is_answer', 'fasterai/fold/code.py'),
+                                    'fasterai.fold.code._is_apart': ('fold.code.html#_is_apart', 'fasterai/fold/code.py'),
                                     'fasterai.fold.code._is_generator': ('fold.code.html#_is_generator', 'fasterai/fold/code.py'),
                                     'fasterai.fold.code._is_plain_fact': ('fold.code.html#_is_plain_fact', 'fasterai/fold/code.py'),
                                     'fasterai.fold.code._is_self': ('fold.code.html#_is_self', 'fasterai/fold/code.py'),

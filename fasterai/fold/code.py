@@ -287,25 +287,32 @@ def _own_functions(m):
 # %% ../../nbs/02_fold.code.ipynb #7dd56631
 def _takes_out(i): return i.opname == 'BINARY_SUBSCR' or i.opname == 'BINARY_OP' and i.argrepr == '[]' # since Python 3.14
 
+_over_many = {'reduce', 'map', 'filter', 'next', 'iter', 'starmap', 'accumulate'}
+
+def _is_apart(body):
+    "Is it a comprehension, whose rounds know nothing of each other: do they use nothing but what they are given each, and functions?"
+    own = {i.argval for i in body if i.opname.startswith('STORE_FAST')}
+    held = any(i.opname.startswith(('LOAD_DEREF', 'LOAD_FAST')) and i.argval not in own for i in body)
+    return any(i.opname in ('LIST_APPEND', 'SET_ADD', 'MAP_ADD') for i in body) and not held
+
 def _chooses(code, at):
-    "Does the instruction choose? A jump does, what is taken out by something other than a constant, arguments of any number; a sum over some, and a loop, which may run more or less often. (The rounds of a comprehension know nothing of each other)"
+    "Does the instruction choose? A jump does, what is taken out by something other than a constant, or from the end; arguments of any number, and a loop or a sum, of which there may be more or less"
     i = code[at]
-    if i.opname == 'FOR_ITER': return not any(o.opname in ('LIST_APPEND', 'SET_ADD', 'MAP_ADD') for o in code[at:] if o.offset < i.argval)
+    if i.opname == 'FOR_ITER': return not _is_apart([o for o in code[at+1:] if o.offset < i.argval])
     if i.opname.startswith('LOAD_') and i.argval == 'getattr' and not _constant_name(code, at): return True
-    if _calls_method(i) and i.argval == 'get' or i.opname == 'LOAD_GLOBAL' and i.argval == 'reduce': return True
+    if _calls_method(i) and i.argval == 'get' or i.opname.startswith(('LOAD_GLOBAL', 'LOAD_ATTR')) and i.argval in _over_many: return True
     if _takes_out(i) and code[at-1].opname == 'BUILD_SLICE': return any(o.opname.startswith('LOAD_FAST') for o in code[at-1-code[at-1].arg:at-1])
+    if _takes_out(i) and code[at-1].opname == 'LOAD_CONST' and type(n := code[at-1].argval) is int and n < 0: return code[at-2].argval != 'shape'
     if _takes_out(i): return not code[at-1].opname.startswith(('LOAD_CONST', 'BUILD_', 'LOAD_SMALL_INT'))
-    return i.opname.startswith(('POP_JUMP', 'JUMP_IF', 'CALL_FUNCTION_EX')) or i.opname == 'LOAD_GLOBAL' and i.argval == 'sum'
+    return i.opname.startswith(('POP_JUMP', 'JUMP_IF', 'CALL_FUNCTION_EX', 'UNPACK_EX')) or i.opname == 'LOAD_GLOBAL' and i.argval == 'sum'
 
 def may_choose(
     m:nn.Module,
-    helpers:bool=True, # Look at all that it comes to?
 )->bool:
     "Is there an `if` in the code of `m`, or anything else that chooses? An argument that may be left out is given to something, and another may be"
     ps = [*inspect.signature(m.forward).parameters.values()]
     if any(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in ps): return True
-    functions = functions_of(m) if helpers else _own_functions(m)
-    return any(_chooses(code, at) for f in functions for code in _instructions(f) for at in range(len(code)))
+    return any(_chooses(code, at) for f in functions_of(m) for code in _instructions(f) for at in range(len(code)))
 
 # %% ../../nbs/02_fold.code.ipynb #67a43f63
 _walks = {'modules', 'children', 'named_modules', 'named_children', 'get_submodule', '_modules', 'apply', '__getattr__', '__getattribute__', '__dict__', 'vars', 'state_dict'}
