@@ -67,6 +67,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fasterai.fold.carry._has_room': ('fold.carry.html#_has_room', 'fasterai/fold/carry.py'),
                                      'fasterai.fold.carry._is_sure': ('fold.carry.html#_is_sure', 'fasterai/fold/carry.py'),
                                      'fasterai.fold.carry._is_zero': ('fold.carry.html#_is_zero', 'fasterai/fold/carry.py'),
+                                     'fasterai.fold.carry._lies_on': ('fold.carry.html#_lies_on', 'fasterai/fold/carry.py'),
+                                     'fasterai.fold.carry._may_move': ('fold.carry.html#_may_move', 'fasterai/fold/carry.py'),
                                      'fasterai.fold.carry._mean_axes': ('fold.carry.html#_mean_axes', 'fasterai/fold/carry.py'),
                                      'fasterai.fold.carry._mean_down': ('fold.carry.html#_mean_down', 'fasterai/fold/carry.py'),
                                      'fasterai.fold.carry._mean_up': ('fold.carry.html#_mean_up', 'fasterai/fold/carry.py'),

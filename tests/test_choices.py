@@ -113,3 +113,44 @@ def test_a_child_leaves_something_behind_that_is_asked_for(forward, inner, calls
         model = pair(forward)
         model.inner, model.seen = inner(), False
         folded(model, tuple(o.double() for o in example), [(o.double(),) for o, in calls])
+
+
+def levels(m, xs): return [bn(m.conv(x)) for x, bn in zip(xs, m.bns)]
+def last(m, xs):
+    ys = [m.conv(x) for x in xs]
+    ys[-1] = m.bn(ys[-1])
+    return ys
+def mapped(m, xs): return [m.bn(y) if i == 0 else y for i, y in enumerate(map(m.conv, xs))]
+def first_of_mapped(m, xs):
+    first, *rest = map(m.conv, xs)
+    return m.bn(first), rest
+def parts(m, xs):
+    ys = [m.conv(p) for p in torch.cat(xs).split(2)]
+    return torch.cat([m.bn(ys[0]), *ys[1:]])
+def frames(m, xs):
+    first, *rest = xs
+    return m.bn(m.conv(first)), [m.conv(x) for x in rest]
+def iterated(m, xs):
+    xs = iter(xs)
+    return m.bn(m.conv(next(xs))), [m.conv(x) for x in xs]
+def chosen_by(y, name): return y.relu() if name == 'relu' else y
+def kept_type(m, xs, name='none'): return m.bn(chosen_by(type(xs)([m.conv(x) for x in xs])[0], name))
+
+
+@pytest.mark.parametrize('forward', [levels, last, mapped, first_of_mapped, parts, frames, iterated])
+def test_a_list_with_more_in_it_than_the_example(forward):
+    model = pair(forward)
+    model.bns = nn.ModuleList([bn(), bn()])
+    for example in ((), ([small],)): assert not folded(randomise(model), example, [([small],), ([small, small],)]).folded
+
+
+def test_a_helper_chooses_by_a_name():
+    for example in ((), ([small],)): assert not folded(pair(kept_type), example, [([small],), ([small], 'relu')]).folded
+
+
+def test_a_head_for_each_of_a_list_folds():
+    "each round knows nothing of the others, and what it calls is followed by itself"
+    def heads(m, xs): return [head(x) for head, x in zip(m.heads, xs)]
+    model = pair(heads)
+    model.heads = nn.ModuleList([pair(lambda m, x: m.bn(m.conv(x))) for _ in range(2)])
+    assert folded(randomise(model), ([small, small],), [([small, small],), ([small],)]).folded == 2

@@ -133,20 +133,46 @@ def _groups(a, b):
             else: j += 1
         yield a[i0:i], b[j0:j]
 
-def _has_room(call, label):
-    "Does a `view` with numbers put other axes together where sizes that are not sure are others, so that `label` does not hold there?"
+def _lies_on(a, b, axes):
+    "The axes of a shape `b`, larger than one, over which `axes` of `a` are spread"
+    i,j,found = 0,0,set()
+    for left,right in _groups(a, b):
+        if any(i <= d < i+len(left) for d in axes): found |= {j+k for k,n in enumerate(right) if n > 1}
+        i,j = i+len(left), j+len(right)
+    return found
+
+def _may_move(shape, sizes, unsure, given, made):
+    "Computed sizes: may what is on the axes `given` of a `shape` be elsewhere than on the axes `made`, which are as large, where an axis has not size one as it happens to have here?"
+    common = lambda a, b: next((i for i,(m,n) in enumerate(zip(a, b)) if m != n), min(len(a), len(b)))
+    first = common(shape, sizes)
+    last = common(shape[:first-1 if first else None:-1], sizes[:first-1 if first else None:-1])
+    places = [j for j in range(first, len(sizes)-last) if -1 not in sizes or sizes[j] == -1]
+    for d in (d for d in unsure if first <= d < len(shape)-last and shape[d] == 1):
+        other = tuple(2 if k == d else n for k,n in enumerate(shape))
+        for j in set(places) - made:
+            rest = prod(other)//abs(prod(sizes))
+            if _lies_on(other, [rest if n == -1 else 2*n if k == j else n for k,n in enumerate(sizes)], given) != made: return True
+    return False
+
+def _has_room(call, label, up):
+    "May a `view` put other axes together where sizes that are not sure are others, so that `label`, of what it gave (`up`) or was given, does not hold there?"
     x,sizes = call.args[0], call.args[1] if len(call.args) > 1 else ()
     if call.literal and call.op == 'unflatten': return -1 in _arg(call, 2, 'sizes', ()) and not _is_sure(x, _axis(torch.empty([1]*len(x.shape)), _arg(call, 1, 'dim')))
-    if not call.literal or not isinstance(sizes, (list, tuple)) or 0 in x.shape: return False
-    given,parts = abs(prod(sizes)), lambda shape: [(len(a), len(b)) for a,b in _groups(shape, [prod(shape)//given if n == -1 else n for n in sizes])]
-    unsure = [d for d in range(len(x.shape)) if not _is_sure(x, d)]
-    scaled = lambda **by: tuple(int(n*by.get(f'd{d}', 1)) for d,n in enumerate(x.shape))
-    others = [scaled(**{f'd{d}': 2}) for d in unsure] if -1 in sizes else [scaled(**{f'd{d}': x.shape[e], f'd{e}': 1/x.shape[e]}) for d in unsure for e in unsure if d != e]
-    return any(parts(o) != parts(x.shape) for o in others if prod(o) % given == 0)
+    if not isinstance(sizes, (list, tuple)) or 0 in x.shape: return False
+    unsure,varying = [d for d in range(len(x.shape)) if not _is_sure(x, d)], {d for d,n in enumerate(label.shape) if n > 1}
+    if not unsure: return False
+    if not call.literal:
+        new = call.outs[0].shape
+        given,made = (_lies_on(new, x.shape, varying), varying) if up else (varying, _lies_on(x.shape, new, varying))
+        return _may_move(x.shape, sizes, unsure, given, made)
+    fixed,parts = abs(prod(sizes)), lambda shape: [(len(a), len(b)) for a,b in _groups(shape, [prod(shape)//fixed if n == -1 else n for n in sizes])]
+    scaled = lambda d, by, e=None: tuple(n*by if k == d else 1 if k == e else n for k,n in enumerate(x.shape))
+    others = [scaled(d, 2) for d in unsure] if -1 in sizes else [scaled(d, x.shape[e], e) for d in unsure for e in unsure if d != e]
+    return any(parts(o) != parts(x.shape) for o in others if prod(o) % fixed == 0)
 
-def _reshape(call, label, old, new):
+def _reshape(call, label, old, new, up):
     "`label` of a value of shape `old`, after `call` reshaped it to `new`, or undid that"
-    if any(n > 1 for n in label.shape) and _has_room(call, label): raise Stop(f'`{call.op}` has room for more than the example had')
+    if None not in (old, new) and any(n > 1 for n in label.shape) and _has_room(call, label, up): raise Stop(f'`{call.op}` has room for more than the example had')
     if None in (old, new) or any(not d for d in (*old, *new)): raise Unknown('the size of a tensor on the way is not known')
     if prod(old) != prod(new): raise Stop(f'`{call.op}` reads its numbers as others')
     full,small = [],[]
@@ -159,8 +185,8 @@ def _reshape(call, label, old, new):
     return shrink(label.expand(full).reshape(small))
 
 RESHAPES = _unary('view reshape unflatten _unsafe_view view_as reshape_as',
-       lambda call,label: _reshape(call, label, call.args[0].shape, call.outs[0].shape),
-       lambda call,label: _reshape(call, label, call.outs[0].shape, call.args[0].shape))
+       lambda call,label: _reshape(call, label, call.args[0].shape, call.outs[0].shape, False),
+       lambda call,label: _reshape(call, label, call.outs[0].shape, call.args[0].shape, True))
 
 def _flat(call, rank): return (_arg(call, i, n, d) % rank for i,n,d in ((1, 'start_dim', 0), (2, 'end_dim', -1)))
 

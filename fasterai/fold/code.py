@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .held import behind, codes_in, held_in, is_authors, named_in, own_attributes, reached, remembered
+from .held import behind, codes_in, held_in, is_authors, named_in, own_attributes, package_of, reached, remembered
 
 # %% ../../nbs/02_fold.code.ipynb #19287171
 _autocasts = {'is_autocast_enabled', 'is_autocast_cpu_enabled', 'is_autocast_xla_enabled', 'is_autocast_ipu_enabled'}
@@ -308,11 +308,14 @@ def _chooses(code, at):
 
 def may_choose(
     m:nn.Module,
+    asks_kinds:bool=False, # Can't it be followed because it asks what is the same for every tensor? A function, not a method, that asks it then makes no other choice
 )->bool:
     "Is there an `if` in the code of `m`, or anything else that chooses? An argument that may be left out is given to something, and another may be"
     ps = [*inspect.signature(m.forward).parameters.values()]
     if any(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in ps): return True
-    return any(_chooses(code, at) for f in functions_of(m) for code in _instructions(f) for at in range(len(code)))
+    functions,own = functions_of(m), _own_functions(m)
+    if asks_kinds: functions = [f for f in functions if f in own or not (_asked_by(f, True) in KINDS_ASKED or package_of(f) == 'functools')]
+    return any(_chooses(code, at) for f in functions for code in _instructions(f) for at in range(len(code)))
 
 # %% ../../nbs/02_fold.code.ipynb #67a43f63
 _walks = {'modules', 'children', 'named_modules', 'named_children', 'get_submodule', '_modules', 'apply', '__getattr__', '__getattribute__', '__dict__', 'vars', 'state_dict'}

@@ -155,7 +155,7 @@ def _as_cut(x, index):
     index,axis = index if isinstance(index, tuple) else (index,), 0
     for at,i in enumerate(index):
         if i is Ellipsis: axis = x.dim() - len(index) + at
-        elif type(i) is slice and type(i.stop) is int and type(i.start) in (int, type(None)): x = torch.ops.aten.slice.Tensor(x, axis, i.start, i.stop, i.step or 1)
+        elif type(i) is slice and hasattr(i.stop, '__index__') and not isinstance(i.stop, Tensor) and not isinstance(i.start, Tensor): x = torch.ops.aten.slice.Tensor(x, axis, i.start, i.stop, i.step or 1)
         axis += 1
     return x
 
