@@ -255,6 +255,12 @@ sizes = dict(
     all_of_it=(lambda y: y.mean((2, 3))[:, :][:, 0:], True),
     channels=(lambda y: y.mean((2, 3))[:, :4].view(y.shape[0], 4), True),
     like_another=(lambda y: F.avg_pool2d(y, 8).view_as(y.new_ones(F.avg_pool2d(y, 8).numel()//4, 4)), False),
+    computed_rows=(lambda y: F.avg_pool2d(y, 8).view(-1, y.size(1)), False),
+    places_first=(lambda y: (z := F.avg_pool2d(y, 8)).view(z.shape[0], z.shape[2]*z.shape[3], z.shape[1]), False),
+    channels_and_places=(lambda y: F.avg_pool2d(y, 8).view(y.shape[0], y.shape[1], -1).mean(2), True),
+    pooled_by_size=(lambda y: F.adaptive_avg_pool2d(y, (y.shape[2]//8, 1)).view(-1, 4), False),
+    pooled_to_none=(lambda y: F.adaptive_avg_pool2d(F.avg_pool2d(y, 8), (None, 1)).view(-1, 4), False),
+    numpy_cut=(lambda y: F.avg_pool2d(y, 8).flatten(1)[:, :np.int64(4)], False),
     in_numbers=(lambda y: F.avg_pool2d(y.view(-1, 4, 8, 8), 8).reshape(-1, 4), False))
 
 

@@ -1,5 +1,5 @@
 "A choice made in one module that changes what happens in another: by what it is given, or by what is left behind."
-import pytest, torch
+import einops, pytest, torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -154,3 +154,32 @@ def test_a_head_for_each_of_a_list_folds():
     model = pair(heads)
     model.heads = nn.ModuleList([pair(lambda m, x: m.bn(m.conv(x))) for _ in range(2)])
     assert folded(randomise(model), ([small, small],), [([small, small],), ([small],)]).folded == 2
+
+
+tokens, wide = torch.randn(2, 5, 3, dtype=torch.float64), torch.randn(2, 3, 5, 5, dtype=torch.float64)
+class Numbered(nn.Module):
+    def __init__(self, way): super().__init__(); self.way, self.fc, self.bn, self.conv, self.wide = way, nn.Linear(3, 8), nn.BatchNorm1d(4), nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+    def forward(self, x, k): return self.way(self, x, k)
+def split_by(m, x, k):
+    n, c, h, w = (y := m.conv(x)).shape
+    return m.wide(y.view(n, k, c//k, h, w).transpose(1, 2).reshape(n, c, h, w))
+numbered = dict(
+    columns=(lambda m, x, k: m.bn(m.fc(x)[:, :, k:k+4].transpose(1, 2)), tokens, (0, 4)), added=(lambda m, x, k: m.wide(m.conv(x) + k), wide, (0, 1.)),
+    shuffled=(lambda m, x, k: m.wide(F.channel_shuffle(m.conv(x), k)), wide, (2, 4)), split_by=(split_by, wide, (2, 4)),
+    in_a_pattern=(lambda m, x, k: m.wide(einops.rearrange(m.conv(x), 'b (g c) h w -> b (c g) h w', g=k)), wide, (2, 4)),
+    unflattened=(lambda m, x, k: m.wide(m.conv(x).unflatten(1, (k, -1)).transpose(1, 2).flatten(1, 2)), wide, (2, 4)))
+
+
+@pytest.mark.parametrize('name', numbered)
+def test_a_caller_gives_a_number(name):
+    way, given, numbers = numbered[name]
+    for example in ((), (given, numbers[0])): folded(randomise(Numbered(way)), example, [(given, k) for k in numbers])
+
+
+def test_a_view_of_49_places():
+    "in floats 49*(1/49) is less than 1"
+    class Places(nn.Module):
+        def __init__(self): super().__init__(); self.fc, self.bn = nn.Linear(3, 4), nn.BatchNorm2d(4)
+        def forward(self, x): return self.bn(self.fc(x).view(2, 7, 7, 4).permute(0, 3, 1, 2))
+    given = torch.randn(2, 49, 3, dtype=torch.float64)
+    folded(randomise(Places()), (given,), [(given,)])

@@ -225,6 +225,8 @@ def _involved(way):
     shared = [s for i,s in enumerate(stacks[0]) if all(t[i:i+1] == (s,) for t in stacks)]
     return {m for t in stacks for m in t}, shared[-1] if shared else ''
 
+def _happens(call): return call.op == 'squeeze' or call.op == 'add' and any(type(a) in (int, float) and a == 0 for a in call.args) # a size is one, a number is zero
+
 def in_all_ways(
     flow:Flow, # A recorded run
     symbolic:Flow, # The symbolic trace of the same model
@@ -254,7 +256,7 @@ def in_all_ways(
                 inside,shared = _involved(way)
                 inside |= {m for c in way for v in ((c.args[0] if c is way[0] else None), *c.outs) if isinstance(v, Value) for m in through.get(v, ()) if under(m, shared)}
                 at = next((m for m in sorted(inside) if under(m, shared) and (m in symbolic.branches or m in undecided)), None)
-                if at is None and any(c.op == 'squeeze' for c in way): at = shared # it squeezes what happens to be of size one
+                if at is None and any(map(_happens, way)): at = shared
                 if at is None and unseen: at = shared
                 if at is not None: raise Stop(f'{naming(at)} chooses its way by its input, and not every way is known to allow it')
             return altered(row, alone=False)

@@ -138,12 +138,20 @@ def _op_name(target, args):
     if name == 'setitem' or name.startswith('__i') and name.strip('_') in INPLACE: return name.strip('_').removeprefix('i'), True
     return (name[:-1], True) if name.endswith('_') and not name.startswith('__') else (name, False)
 
-_by_number = {'pad', 'permute', 'transpose', 'swapaxes', 'movedim', 'chunk', 'split', 'tensor_split', 'unbind', 'narrow', 'select', 'roll', 'flip', 'mean', 'sum', 'cat', 'stack', 'unsqueeze', 'squeeze'} | {f'{kind}_pool{n}d' for kind in ('avg', 'max') for n in (1, 2, 3)}
+_by_number = {'pad', 'permute', 'transpose', 'swapaxes', 'swapdims', 'movedim', 'moveaxis', 'chunk', 'split', 'tensor_split', 'unbind', 'narrow', 'select', 'roll', 'flip', 'mean', 'sum', 'cat', 'stack', 'unsqueeze', 'squeeze',
+              'channel_shuffle', 'pixel_shuffle', 'pixel_unshuffle'} | {f'{kind}_pool{n}d' for kind in ('avg', 'max') for n in (1, 2, 3)}
+_by_size = {'view', 'reshape', 'unflatten', 'expand', 'repeat', 'flatten'} # for which sizes are computed as a rule
+
+def _numbers(op, args, kwargs):
+    "What goes into an operation to say what it does, apart from tensors: all of it, and what may not be computed of a size either"
+    if op == 'getitem': return args[1:], args[1][1:2] if isinstance(args[1], tuple) else args[1:]
+    rest = [*args[1:], *kwargs.values()]
+    return (rest, rest) if op in _by_number else (rest, []) if op in _by_size or op.startswith('einops.') else ([], [])
 
 def _varies(op, args, kwargs):
     "Does the operation do something else with another argument or size? What a run did shows one of them"
-    given = [args[1][1:2] if isinstance(args[1], tuple) else args[1]] if op == 'getitem' else [*args[1:], *kwargs.values()] if op in _by_number else []
-    return bool(values_in(given, Node)) or any(v.call is None and not v.name for v in values_in(given))
+    numbers,fixed = _numbers(op, args, kwargs)
+    return bool(values_in(fixed, Node)) or any(v.call is None and not v.name for v in values_in(numbers))
 
 # %% ../../nbs/05_fold.trace.ipynb #ee4eec62
 class _Graph:
@@ -317,6 +325,10 @@ def note_sizes(
     sizes = {} # of the `view`s in each module
     for c in symbolic.calls:
         if c.op in RESHAPES: sizes.setdefault(c.module, []).extend([c] if c.op in SHAPED_LIKE else [o for a in c.args[1:] for o in (a if isinstance(a, (tuple, list)) else [a])])
+    pools = {} # the sizes to which each module pools
+    for c in symbolic.calls:
+        if c.op.startswith('adaptive'): pools.setdefault(c.module, []).extend(_sizes(o) for o in (*c.args[1:], *c.kwargs.values()))
+    by_size = lambda c: c.op.startswith('adaptive') and any(None in sizes for sizes in pools.get(c.module, [[None]]))
     given = lambda n: type(n) is int and n > 1 or isinstance(n, (Call, Value)) # in the code, by a caller, or as another tensor has them
     computed = {m for m,numbers in sizes.items() if not any(map(given, numbers))}
     written = {m for m,numbers in sizes.items() if all(map(given, numbers))} # nothing but numbers
@@ -327,6 +339,7 @@ def note_sizes(
         c.literal = c.op in RESHAPES and c.module not in computed and (rest or c.module in written)
         same = c.op in RESHAPES and not c.literal and c.outs[0].shape == c.args[0].shape # its sizes are computed, and it changes nothing
         shape = known(c.args[0]).shape if same else _shape_of(c.op, *mapped((c.args, c.kwargs), Value, known)) if len(c.outs) == 1 and c.op not in RESHAPES else None
+        if shape and by_size(c): shape = shape[:-int(c.op[-2])] + (None,)*int(c.op[-2])
         for v in c.outs: v.sure = unsure(v) if shape is None else shape
 
 # %% ../../nbs/05_fold.trace.ipynb #5ae5a9c3
