@@ -8,7 +8,6 @@ __all__ = ['trace_flow', 'note_sizes', 'same_outline']
 # %% ../../nbs/05_fold.trace.ipynb #acd8da21
 import operator,threading
 from operator import itemgetter
-from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -16,107 +15,15 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from .carry import ORDERS, PARTS, RESHAPES, Stop, order
-from .code import KINDS_ASKED, may_choose, variants
+from .carry import PARTS, RESHAPES
+from .choices import may_choose
+from .code import KINDS_ASKED, variants
 from .flow import SHAPED_LIKE, Call, Entry, Flow, Value, mapped, naming, read_written_out, tensors_of, under, values_in
 from .held import held_in, uncollected
 from .known import METADATA, called_plainly, custom_op, is_plain, known_layer, plain_batchnorm
-from .layers import LAYERS, layer_call, out_channels
+from .shapes import shape_of, sizes_in
 from .standin import INPLACE, Impossible, Node, Opaque
 from .ways import trace_ways
-
-# %% ../../nbs/05_fold.trace.ipynb #e8177d81
-_keep_shape = {'relu', 'relu6', 'leaky_relu', 'prelu', 'elu', 'selu', 'celu', 'gelu', 'silu', 'mish', 'sigmoid', 'tanh', 'hardtanh',
-               'hardswish', 'hardsigmoid', 'softplus', 'dropout', 'dropout1d', 'dropout2d', 'dropout3d', 'alpha_dropout', 'contiguous',
-               'clone', 'detach', 'to', 'float', 'type_as', 'batch_norm', 'layer_norm', 'rms_norm', 'group_norm', 'instance_norm', 'clamp'}
-
-def _sizes(o): return tuple(i if isinstance(i, int) and i >= 0 else None for i in (o if isinstance(o, (tuple, list)) else [o]))
-
-def _broadcast(a, b):
-    "The shape of an elementwise operation on two"
-    if a is None or b is None: return None
-    n = max(len(a), len(b))
-    a, b = (1,)*(n-len(a)) + tuple(a), (1,)*(n-len(b)) + tuple(b)
-    return tuple(q if p == 1 else p if q == 1 or p == q else None for p,q in zip(a, b))
-
-def _cat_shape(tensors, dim=0):
-    shapes = [getattr(v, 'shape', None) for v in tensors]
-    if None in shapes or len({len(s) for s in shapes}) > 1: return None
-    along = [s[dim] for s in shapes]
-    out = [*shapes[0]]
-    out[dim] = None if None in along else sum(along)
-    return tuple(out)
-
-def _flatten_shape(x, start_dim=0, end_dim=-1):
-    if x.shape is None: return (None, None) if (start_dim, end_dim) == (1, -1) else None
-    start,end = (d % len(x.shape) for d in (start_dim, end_dim))
-    merged = x.shape[start:end+1]
-    return x.shape[:start] + (None if None in merged else prod(merged),) + x.shape[end+1:]
-
-def _expand_shape(x, *sizes):
-    sizes = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
-    old = (1,)*(len(sizes)-len(x.shape)) + x.shape
-    return tuple(n if type(s) is int and s == -1 else s if type(s) is int else None for s,n in zip(sizes, old))
-
-def _index_shape(x, index):
-    index = index if isinstance(index, tuple) else (index,)
-    if not all(i is None or i is Ellipsis or type(i) in (int, slice) for i in index): return None
-    left,out = [*x.shape], []
-    rest = len(left) - sum(type(i) in (int, slice) for i in index)
-    for i in index if Ellipsis in index else (*index, Ellipsis):
-        n = rest if i is Ellipsis else 0 if i is None else 1
-        taken,left = left[:n],left[n:]
-        out += [1] if i is None else [] if type(i) is int else taken if i is Ellipsis or i == slice(None) else [None]
-    return tuple(out)
-
-def _common_shape(shapes):
-    "What is known of a value of one of these shapes"
-    if None in shapes or len({*map(len, shapes)}) > 1: return None
-    return tuple(n[0] if len({*n}) == 1 else None for n in zip(*shapes))
-
-# %% ../../nbs/05_fold.trace.ipynb #21dc7a2c
-def _layer_shape(op, call):
-    "A layer's output; an input of unknown rank is a batch"
-    rank = LAYERS[op].spatial+2 if call.input.shape is None else len(call.input.shape)
-    out = out_channels(op, torch.empty(call.weight.shape, device='meta'), call.groups)
-    if op == 'linear': return None if call.input.shape is None else call.input.shape[:-1] + (out,)
-    return (None,)*(rank-LAYERS[op].spatial-1) + (out,) + (None,)*LAYERS[op].spatial
-
-def _shape_of(op, args, kwargs):
-    "What is known of the shape of what `op` gives; nothing, where it is called in an unusual way"
-    try: return _usual_shape(op, args, kwargs)
-    except (TypeError, IndexError, AttributeError, KeyError, ValueError, RuntimeError, Stop): return None
-
-def _usual_shape(op, args, kwargs):
-    "What is known of the shape of what `op` gives: `None` for an unknown size, `None` in its stead for an unknown rank"
-    x = args[0] if args else None
-    if op in LAYERS and isinstance(x, Value) and len(args) > 1 and isinstance(args[1], Value) and args[1].shape is not None: return _layer_shape(op, layer_call(op, args, kwargs))
-    if op in ('add', 'sub', 'mul', 'truediv') and len(args) > 1: return _broadcast(*(a.shape if isinstance(a, Value) else () for a in args[:2]))
-    if op == 'cat': return _cat_shape(*args, **kwargs) if args and isinstance(args[0], (tuple, list)) else None
-    if op == 'phi': return _common_shape([getattr(a, 'shape', None) for a in args])
-    if op in SHAPED_LIKE: return getattr(args[1], 'shape', None)
-    if not isinstance(x, Value): return None
-    if op == 'flatten': return _flatten_shape(*args, **kwargs)
-    if op in ('view', 'reshape'):
-        sizes = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
-        return None if kwargs or len(args) == 2 and sizes is not args[1] and not isinstance(args[1], int) else _sizes(sizes)
-    if x.shape is None: return None
-    if op == 'squeeze':
-        dims = range(len(x.shape)) if len(args) == 1 else [args[1] % len(x.shape)]
-        return None if any(x.shape[d] is None for d in dims) else tuple(n for d,n in enumerate(x.shape) if d not in dims or n != 1)
-    if op == 'mean' and len(args) > 1 and args[1] is not None:
-        dims = {d % len(x.shape) for d in (args[1] if isinstance(args[1], (tuple, list)) else [args[1]])}
-        keep = args[2] if len(args) > 2 else kwargs.get('keepdim', False)
-        return tuple(1 if d in dims else n for d,n in enumerate(x.shape) if keep or d not in dims)
-    if op in _keep_shape: return x.shape
-    if op == 'expand': return _expand_shape(*args)
-    if op == 'getitem': return _index_shape(*args)
-    if op == 'interpolate': return x.shape[:2] + (None,)*(len(x.shape)-2)
-    if op in ORDERS: return tuple(x.shape[d] for d in order(op, args, kwargs, len(x.shape)))
-    if 'pool' in op and op[-1:] == 'd':
-        n = int(op[-2])
-        size = (_sizes(args[1])*n)[:n] if op.startswith('adaptive') and len(args) == 2 else (None,)*n
-        return x.shape[:-n] + size
 
 # %% ../../nbs/05_fold.trace.ipynb #443fcc77
 _aten = ('input', 'weight', 'bias', 'running_mean', 'running_var', 'training', 'momentum', 'eps')
@@ -208,7 +115,7 @@ class _Graph:
         return self.call('batch_norm', (*args, *own, training or m.running_mean is None, m.momentum, m.eps), {}, stack)
 
     def call(self, op, args, kwargs, stack, inplace=False, parts=0, opaque=False):
-        outs = tuple(Value(None if parts or opaque else _shape_of(op, args, kwargs)) for _ in range(parts or 1))
+        outs = tuple(Value(None if parts or opaque else shape_of(op, args, kwargs)) for _ in range(parts or 1))
         self.flow.add(op, args, kwargs, list(outs), stack, inplace, opaque)
         return outs if parts else outs[0]
 
@@ -327,7 +234,7 @@ def note_sizes(
         if c.op in RESHAPES: sizes.setdefault(c.module, []).extend([c] if c.op in SHAPED_LIKE else [o for a in c.args[1:] for o in (a if isinstance(a, (tuple, list)) else [a])])
     pools = {} # the sizes to which each module pools
     for c in symbolic.calls:
-        if c.op.startswith('adaptive'): pools.setdefault(c.module, []).extend(_sizes(o) for o in (*c.args[1:], *c.kwargs.values()))
+        if c.op.startswith('adaptive'): pools.setdefault(c.module, []).extend(sizes_in(o) for o in (*c.args[1:], *c.kwargs.values()))
     by_size = lambda c: c.op.startswith('adaptive') and any(None in sizes for sizes in pools.get(c.module, [[None]]))
     given = lambda n: type(n) is int and n > 1 or isinstance(n, (Call, Value)) # in the code, by a caller, or as another tensor has them
     computed = {m for m,numbers in sizes.items() if not any(map(given, numbers))}
@@ -338,7 +245,7 @@ def note_sizes(
         rest = any(-1 in o for o in c.args[1:] if isinstance(o, (tuple, list)))
         c.literal = c.op in RESHAPES and c.module not in computed and (rest or c.module in written)
         same = c.op in RESHAPES and not c.literal and c.outs[0].shape == c.args[0].shape # its sizes are computed, and it changes nothing
-        shape = known(c.args[0]).shape if same else _shape_of(c.op, *mapped((c.args, c.kwargs), Value, known)) if len(c.outs) == 1 and c.op not in RESHAPES else None
+        shape = known(c.args[0]).shape if same else shape_of(c.op, *mapped((c.args, c.kwargs), Value, known)) if len(c.outs) == 1 and c.op not in RESHAPES else None
         if shape and by_size(c): shape = shape[:-int(c.op[-2])] + (None,)*int(c.op[-2])
         for v in c.outs: v.sure = unsure(v) if shape is None else shape
 
