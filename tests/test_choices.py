@@ -1,8 +1,11 @@
 "A choice made in one module that changes what happens in another: by what it is given, or by what is left behind."
+import types
+
 import einops, pytest, torch
 import torch.nn.functional as F
 from torch import nn
 
+from fasterai.misc.bn_folding import BN_Folder
 from helpers import randomise
 from test_ways import bn, conv, folded, pair
 
@@ -100,6 +103,19 @@ def reads_a_list(m, x):
 def reads_a_dict(m, x):
     y = m.conv(m.inner(x))
     return m.bn(y.relu() if 'several' in m.inner.seen else y)
+SEEN = []
+class Shares(nn.Module):
+    "Writes into what another module holds, or has a name for, as well"
+    def __init__(self, way): super().__init__(); self.way, self.log, self.context = way, [], types.SimpleNamespace(large=False)
+    def forward(self, x):
+        if x.shape[0] > 2: self.way(self)
+        return x*1
+def logs(m): m.log.append(1)
+def notes(m): m.context.large = True
+def globally(m): SEEN.append(1)
+class Asks(nn.Module):
+    def __init__(self, shares, way): super().__init__(); self.conv, self.bn, self.log, self.context, self.way = conv(), bn(), shares.log, shares.context, way
+    def forward(self, x): return self.bn(self.conv(x) if self.way(self) else self.conv(x).relu())
 def seen_by_itself(m, x):
     y = m.conv(x)
     if x.shape[0] > 2: m.seen = True
@@ -113,6 +129,22 @@ def test_a_child_leaves_something_behind_that_is_asked_for(forward, inner, calls
         model = pair(forward)
         model.inner, model.seen = inner(), False
         folded(model, tuple(o.double() for o in example), [(o.double(),) for o, in calls])
+
+
+@pytest.mark.parametrize('writes, asks', [(logs, lambda m: m.log), (notes, lambda m: m.context.large), (globally, lambda m: SEEN)])
+def test_what_one_writes_another_asks_for(writes, asks):
+    for example in ((), (small,), (many,)):
+        shares = Shares(writes)
+        model = randomise(nn.Sequential(shares, Asks(shares, asks)))
+        new = BN_Folder().fold(model, *example)
+        for given in (small, many):
+            outs = []
+            for m in (model, new):
+                m[0].log.clear()
+                SEEN.clear()
+                m[0].context.large = False
+                outs.append(m(given))
+            assert torch.allclose(*outs)
 
 
 def levels(m, xs): return [bn(m.conv(x)) for x, bn in zip(xs, m.bns)]

@@ -490,3 +490,12 @@ def test_the_original_runs_in_another_thread(example):
             for _ in range(6): assert fold_quietly(model, images, example).folded == 20
         finally: stop.set()
     in_threads(use, job)
+
+
+def test_a_run_that_cannot_be_recorded():
+    "a tensor under `vmap` has no memory of its own to look at"
+    model = net(lambda m, x: torch.vmap(lambda t: m.bn(m.conv(t[None]))[0])(x), conv=nn.Conv2d(4, 4, 3), bn=nn.BatchNorm2d(4))
+    x = torch.randn(2, 4, 5, 5).double()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match='runs on this example, but what it does can.t be recorded.*without'): BN_Folder().fold(model, x)
+    assert_untouched(model, before)

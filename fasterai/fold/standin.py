@@ -20,10 +20,10 @@ from .known import PATTERNED, TENSORS, gives_several, giver, is_given, length_of
 
 # %% ../../nbs/03_fold.standin.ipynb #d5633f0a
 class Opaque(BaseException): # not an Exception: no `try` in a `forward` may swallow it
-    "The trace can't go through `module`; `choice`: it chooses its way by what can't be known"
+    "The trace can't go through `module`, or nor does one of `module` `alone`; `choice`: it chooses its way by what can't be known"
     last = None # which may have been swallowed after all
-    def __init__(self, module, why, choice=True, frame=None):
-        self.module,self.why,self.choice,self.at = module,why,choice,frame and (id(frame), frame.f_lasti)
+    def __init__(self, module, why, choice=True, frame=None, alone=False):
+        self.module,self.why,self.choice,self.alone,self.at = module,why,choice,alone,frame and (id(frame), frame.f_lasti)
         Opaque.last = self
 
 def asked_again(frame):

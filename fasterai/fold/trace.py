@@ -163,7 +163,7 @@ def _may_reach(flow, m, names, but=None):
     for o in held_in(m, nn.Module):
         if o in names and o is not but: flow.unknown.setdefault(names[o], names[m])
 
-def _trace_root(m, flow, names, opaque):
+def _trace_root(m, flow, names, opaque, refused):
     "A tracer for each variant of `m`'s arguments, with as few opaque modules as it takes"
     while True:
         tracers,choice = [],False
@@ -172,6 +172,7 @@ def _trace_root(m, flow, names, opaque):
                 if isinstance(m, (nn.ModuleList, nn.ModuleDict)): return [] # which hold models: each is called by itself
                 raise Opaque(m, 'it has no `forward`')
             if not called_plainly(m): raise Opaque(m, 'it has a `__call__` of its own')
+            if m in refused: raise Opaque(m, refused[m])
             for variant in variants(m):
                 try: tracers.append(trace_ways(m, names, flow.names, opaque, variant))
                 except Impossible: continue
@@ -180,6 +181,7 @@ def _trace_root(m, flow, names, opaque):
             if tracers: return tracers
             why = 'no way of calling it is possible'
         except Opaque as e:
+            if e.alone: refused[e.module] = e.why
             if e.module is not m and type(e.module) not in opaque:
                 opaque.add(type(e.module))
                 continue
@@ -200,7 +202,7 @@ def trace_flow(
     model:nn.Module, # Not run, and not changed
 )->Flow: # For every input
     "The flow of `model` as its `forward`s tell it"
-    flow,opaque,seen = Flow(model),set(),set()
+    flow,opaque,seen,refused = Flow(model),set(),set(),{}
     names = {m: n for n,m in model.named_modules()}
     with _lock:
         for name,m in model.named_modules():
@@ -208,7 +210,7 @@ def trace_flow(
             if name and (type(m).forward is nn.Module.forward or known_layer(m) or plain_batchnorm(m)): continue
             if type(m).forward is nn.Sequential.forward and name and seen.issuperset(m) and not any(under(name, f) for f in flow.failed): continue # nobody calls it, but for what it holds
             seen.add(m)
-            tracers = _trace_root(m, flow, names, opaque)
+            tracers = _trace_root(m, flow, names, opaque, refused)
             for tracer in tracers:
                 seen.update(flow.modules[stack[-1]] for stack,*_ in tracer.calls)
                 flow.branches |= tracer.branched

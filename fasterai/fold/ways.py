@@ -20,9 +20,9 @@ from torch.overrides import TorchFunctionMode
 
 from .code import KINDS_ASKED, MAX_WAYS, STATES, asked_for_none, is_state, reading, was_raised
 from .flow import naming, values_in
-from .held import ATOMS, codes_in, held_in, package_of, random_state, same_random_state, untouched, young_garbage
+from .held import ATOMS, codes_in, held_in, own_attributes, package_of, random_state, same_random_state, untouched, young_garbage
 from .known import METADATA, MODULES, called_plainly, content_of, given_out, giver, is_number, known_layer, length_of, operations_in, plain_batchnorm, settings_of
-from .left import Left, read_of_others, written
+from .left import Left, held_by, read_of_others, written
 from .standin import Impossible, Node, Number, Opaque, StandIn, Weight, asked_again, as_operation, is_instance, length, nodes_in, none_swallowed, package_of_frame, phi, type_of_any, OURS
 
 # %% ../../nbs/04_fold.ways.ipynb #1e5b1442
@@ -48,7 +48,7 @@ class _Tracer(fx.proxy.TracerBase):
         self.read,self.branched,self.decided = set(),set(),[] # parameters; modules with several ways; the values that chose
         self.proxies,self.made = {},[] # stand-ins: of parameters, and all
         self.readings,self.prepared,self.memory,self.patched = {},set(),None,[]
-        self.writing,self.readers = {},None # what each module may write; who reads what is another's
+        self.writing,self.readers = {},None # what each module may write; what each may read of another
 
     def module(self, name): return next(m for m,n in self.names.items() if n == name)
     def here(self): return self.module(self.stack[-1])
@@ -133,7 +133,7 @@ def ways(self:_Tracer, m, args, kwargs):
     self.prepare(read)
     outs,choices,ends = [],[],[]
     names,changes = self.written_below(m)
-    before = Left(m, (args, kwargs)) if names or changes else None
+    before = Left(m, (args, kwargs), read.others) if names or changes else None
     while True:
         self.tries += 1
         if before and choices: before.put_back()
@@ -143,7 +143,7 @@ def ways(self:_Tracer, m, args, kwargs):
         try:
             outs.append(m.forward(*args, **kwargs)) # not its hooks: they are the caller's, and would keep a stand-in
             self.passes.append(Pass(tuple(self.stack), given, nodes_in(outs[-1]), slice(start[0], len(self.nodes)), slice(start[1], len(self.calls))))
-            if before and choices: ends.append(Left(m, (args, kwargs)))
+            if before and choices: ends.append(Left(m, (args, kwargs), read.others))
         except Exception as e:
             if not (choices and was_raised(e)): raise Opaque(m, f"no stand-in for its input goes through it ({(str(e).strip() or type(e).__name__).splitlines()[0]})", choice=False) from e
         finally: self.frames.pop()
@@ -162,15 +162,16 @@ def leave(self:_Tracer, m, before, ends):
     if len(changed) > 1: raise Opaque(m, 'what it leaves behind depends on its way')
     for end in changed.values():
         end.put_back()
-        if len(ends) > 1 and any(e.all_told != end.all_told for e in ends): self.asked_for(m, *end.differing(before))
+        if any(e.all_told != end.all_told for e in ends): self.asked_for(m, *end.differing(before))
 
 @patch
-def asked_for(self:_Tracer, m, names, given):
-    "Another module may ask for what `m` leaves behind, one way or another: in attributes with these `names`, or in what its caller gave it"
+def asked_for(self:_Tracer, m, names, given, held):
+    "Another module may ask for what `m` leaves behind, one way or another: in attributes with these `names`, in what its caller gave it, or in containers that both hold, or have a name for"
     if given and len(self.stack) > 1: raise Opaque(self.module(self.stack[-2]), f'it goes by what {naming(self.names[m])} leaves behind')
-    if self.readers is None: self.readers = {o: read_of_others(o) for o in self.names}
-    for o,read in self.readers.items():
-        if type(o) not in self.opaque and names & read: raise Opaque(o, f'it goes by what {naming(self.names[m])} leaves behind')
+    if self.readers is None: self.readers = [(o, read_of_others(o), {id(h) for h in held_by((*own_attributes(o), *self.read_of(o).others))}) for o in self.names]
+    inside = {*m.modules()}
+    for o,read,holds in self.readers:
+        if type(o) not in self.opaque and (names & read or o not in inside and held & holds): raise Opaque(o, f'it goes by what {naming(self.names[m])} leaves behind', alone=True)
 
 @patch
 def written_below(self:_Tracer, m):
@@ -217,7 +218,8 @@ def leaf(self:_Tracer, m, args, kwargs):
     if opaque and len(self.stack) > 1:
         self.no_none(self.stack[-2])
         names,changes = self.written_below(m)
-        self.asked_for(m, names, changes and bool(held_in((*args, *kwargs.values()), (list, dict), but=(Tensor, fx.Proxy))))
+        held = {id(h) for o in m.modules() for h in held_by((*own_attributes(o),))} if changes else set()
+        self.asked_for(m, names, changes and bool(held_by((*args, *kwargs.values()))), held)
     return out
 
 @patch

@@ -190,6 +190,13 @@ def _on_example(f, model, example, *more):
         how = ', which is run without gradients' if 'grad' in str(e) else ''
         raise ValueError(f"the model does not run on this example ({', '.join(shapes)}){how}: {type(e).__name__}: {e}") from e
 
+def _recorded(model, example):
+    "A recorded run, and what the model gave"
+    try: return _on_example(record_flow, model, example, _known)
+    except ValueError as e:
+        _on_example(run, model, example)
+        raise ValueError(f"the model runs on this example, but what it does can't be recorded ({e.__cause__}): fold it without one") from e
+
 _unsteady = {'sort', 'argsort', 'topk', 'nms', 'argmax', 'argmin', 'nonzero', 'unique', '_unique2'}
 
 def _difference(a, b):
@@ -203,7 +210,7 @@ class _Fold:
     "One fold of one model"
     def __init__(self, model, xs, kwargs, planned=plan_folds, scales=False):
         self.model,self.example,self.keep,self.planned,self.undo,self.heirs = model,(xs, kwargs) if xs or kwargs else None,{},planned,lambda: None,True
-        self.recorded,self.out = _on_example(record_flow, model, self.example, _known) if self.example else (None, None)
+        self.recorded,self.out = _recorded(model, self.example) if self.example else (None, None)
         self.traced = trace_flow(model) # now: what hooks keep of a run is the same when the code is traced again
         if self.recorded: note_sizes(self.recorded, self.traced)
         without = {}
