@@ -19,6 +19,23 @@ class Affine(nn.Module):
     def forward(self, x): return self.weight*x + self.bias
 
 
+class Told(nn.Module):
+    "Does what its caller says, by an argument or an attribute"
+    act = False
+    def __init__(self, c): super().__init__(); self.conv, self.bn = nn.Conv2d(c, c, 1), nn.BatchNorm2d(c)
+    def forward(self, x, act=False):
+        y = self.conv(x)
+        return self.bn(y.relu() if act or self.act else y)
+
+
+class Notes(nn.Module):
+    "Says whether its input was large"
+    large = False
+    def forward(self, x):
+        if x.shape[2] > 6: self.large = True
+        return x*1
+
+
 class Builder:
     "Writes a network, one random statement at a time; `draw(n)` gives a number below `n`"
     def __init__(self, draw):
@@ -49,7 +66,7 @@ class Builder:
         getattr(self, kind)(v, c, side)
 
     def img(self, v, c, side):
-        what = self.pick(['conv', 'conv', 'conv', 'bn', 'bn', 'bn', 'bn', 'act', 'module', 'pre', 'pool', 'two', 'two', 'part', 'shape', 'move', 'flat', 'keep', 'branches', 'series', 'ask', 'size', 'scale'])
+        what = self.pick(['conv', 'conv', 'conv', 'bn', 'bn', 'bn', 'bn', 'act', 'module', 'pre', 'pool', 'two', 'two', 'part', 'shape', 'move', 'flat', 'keep', 'branches', 'series', 'ask', 'size', 'scale', 'told'])
         if what == 'conv':
             o, k = self.pick([2, 4, 4, 8]), self.pick([1, 1, 3])
             g, pad = 2 if c % 2 == 0 and self.chance(25) else 1, self.draw(2) if k == 3 or self.chance(10) else 0
@@ -90,6 +107,7 @@ class Builder:
             if a: self.lines.append(f"{self.name('v')} = F.avg_pool2d(self.{a}({v}), 3, 1, 1, count_include_pad=False)"); self.emit(f'self.{b}(v{self.count})', 'img', o, side)
         elif what == 'ask': self.emit(self.pick(['{v} * {v}.shape[1]', '{v} * ({v}.dim() + {v}.size(1))', '{v} + torch.ones_like({v})', '{v} + {v}']).format(v=v), 'img', c, side)
         elif what == 'size': self.size(v, c, side)
+        elif what == 'told': self.told(v, c, side)
         elif what == 'scale': self.emit(f"self.{self.layer('scale', self.pick([f'Scale({c})', f'Affine({c})', f'nn.GroupNorm(1, {c})', f'nn.InstanceNorm2d({c}, affine=True)']))}({v})", 'img', c, side)
         elif what == 'keep' and self.chance(30): self.lines.append(f'kept.append({v})')
 
@@ -97,6 +115,16 @@ class Builder:
         "What may do something else at another size, or another time"
         if self.chance(50): self.emit(self.pick(['{v} if {v}.shape[2] < 7 else {v}.tanh()', '{v}[:, :, :{side}, :{side}]', '{v}.relu() if torch.is_grad_enabled() else {v}', 'F.pad({v}, (0, {v}.shape[2]//7))']).format(v=v, side=side), 'img', c, side)
         else: self.emit(self.pick(['{v}.view(-1, {c}, {n}).mean(2)', 'F.avg_pool2d({v}, {side}).view(-1, {c})', 'F.avg_pool2d({v}, {v}.shape[2:]).flatten(1)', '{v}.view({v}.shape[0], -1)[:, :{c}]', '{v}.flatten(2)[..., :{side}].mean(2)', 'F.adaptive_avg_pool2d({v}, 1).view(-1, {c})']).format(v=v, c=c, side=side, n=side*side), 'vec', c)
+
+    def told(self, v, c, side):
+        "A child that is told what to do, always or at some sizes, or is asked what it did"
+        if self.chance(10):
+            notes = self.layer('notes', 'Notes()')
+            return self.emit(f'self.{notes}({v}) if self.{notes}.large else self.{notes}({v}).tanh()', 'img', c, side)
+        name = self.layer('told', f'Told({c})')
+        how = self.pick(['{m}({v}, True)', '{m}({v})', '{m}({v}, {v}.shape[2] < 7)', '{m}({v}) if {v}.shape[2] < 7 else {m}({v}, True)'])
+        if self.chance(10): self.lines.append(f'self.{name}.act = {self.pick(["True", "x.shape[2] > 6", "True if x.shape[2] > 6 else False"])}')
+        self.emit(how.format(m=f'self.{name}', v=v), 'img', c, side)
 
     def two(self, v, c, side):
         others = [n for n, o in self.vars.items() if o[0] == 'img' and o[2] == side]
@@ -131,7 +159,7 @@ class Builder:
 
     def source(self):
         outs = [*self.vars][-1 - self.draw(3):] if self.chance(60) else [*self.vars][-1:]
-        weighty = [n for n, s in self.layers.items() if not re.search('affine=False|ReLU|Hardtanh|Scale', s)]
+        weighty = [n for n, s in self.layers.items() if not re.search('affine=False|ReLU|Hardtanh|Scale|Told|Notes', s)]
         if self.chance(10) and weighty: self.lines.append(f'kept.append(self.{self.pick(weighty)}.weight.sum())')
         layers = '\n'.join(f'        self.{n} = {s}' for n, s in self.layers.items())
         lines = '\n'.join(f'        {l}' for l in self.lines)
@@ -155,7 +183,7 @@ def outputs(model, inputs):
 
 def build(source):
     "The network that `source` describes"
-    space = dict(nn=nn, torch=torch, F=F, Scale=Scale, Affine=Affine)
+    space = dict(nn=nn, torch=torch, F=F, Scale=Scale, Affine=Affine, Told=Told, Notes=Notes)
     exec(source, space)
     net = space['Net']()
     for m in net.modules():
