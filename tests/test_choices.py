@@ -1,5 +1,5 @@
 "A choice made in one module that changes what happens in another: by what it is given, or by what is left behind."
-import types
+import argparse, types
 
 import einops, pytest, torch
 import torch.nn.functional as F
@@ -106,15 +106,16 @@ def reads_a_dict(m, x):
 SEEN = []
 class Shares(nn.Module):
     "Writes into what another module holds, or has a name for, as well"
-    def __init__(self, way): super().__init__(); self.way, self.log, self.context = way, [], types.SimpleNamespace(large=False)
+    def __init__(self, way): super().__init__(); self.way, self.log, self.context, self.options = way, [], types.SimpleNamespace(large=False), argparse.Namespace(large=False)
     def forward(self, x):
         if x.shape[0] > 2: self.way(self)
         return x*1
 def logs(m): m.log.append(1)
 def notes(m): m.context.large = True
 def globally(m): SEEN.append(1)
+def by_options(m): m.options.large = True
 class Asks(nn.Module):
-    def __init__(self, shares, way): super().__init__(); self.conv, self.bn, self.log, self.context, self.way = conv(), bn(), shares.log, shares.context, way
+    def __init__(self, shares, way): super().__init__(); self.conv, self.bn, self.log, self.context, self.options, self.way = conv(), bn(), shares.log, shares.context, shares.options, way
     def forward(self, x): return self.bn(self.conv(x) if self.way(self) else self.conv(x).relu())
 def seen_by_itself(m, x):
     y = m.conv(x)
@@ -131,7 +132,7 @@ def test_a_child_leaves_something_behind_that_is_asked_for(forward, inner, calls
         folded(model, tuple(o.double() for o in example), [(o.double(),) for o, in calls])
 
 
-@pytest.mark.parametrize('writes, asks', [(logs, lambda m: m.log), (notes, lambda m: m.context.large), (globally, lambda m: SEEN)])
+@pytest.mark.parametrize('writes, asks', [(logs, lambda m: m.log), (notes, lambda m: m.context.large), (globally, lambda m: SEEN), (by_options, lambda m: m.options.large)])
 def test_what_one_writes_another_asks_for(writes, asks):
     for example in ((), (small,), (many,)):
         shares = Shares(writes)
@@ -142,7 +143,7 @@ def test_what_one_writes_another_asks_for(writes, asks):
             for m in (model, new):
                 m[0].log.clear()
                 SEEN.clear()
-                m[0].context.large = False
+                m[0].context.large = m[0].options.large = False
                 outs.append(m(given))
             assert torch.allclose(*outs)
 

@@ -9,12 +9,11 @@ __all__ = ['written', 'read_of_others', 'held_by', 'Left']
 import dis
 from collections import deque
 from functools import cached_property
-from types import SimpleNamespace
 
 from torch import Tensor, fx, nn
 
 from .code import functions_of
-from .held import ATOMS, OWN, codes_in, held_in, is_record, own_attributes, package_of, remembered
+from .held import ATOMS, NAMESPACES, OWN, codes_in, held_in, is_record, own_attributes, package_of, remembered
 
 # %% ../../nbs/03_fold.left.ipynb #6d6c2877
 _kinds = (dict, list, set, deque)
@@ -62,7 +61,7 @@ def read_of_others(
 def _holding(o):
     "In what `o` holds what it holds: in itself, or in its `__dict__`"
     if issubclass(type(o), _kinds): return o
-    return vars(o) if hasattr(o, '__dict__') and (type(o) is SimpleNamespace or is_record(type(o))) else None
+    return vars(o) if hasattr(o, '__dict__') and (type(o) in NAMESPACES or is_record(type(o))) else None
 
 def held_by(
     o:tuple, # Attributes of a module, arguments of a call

@@ -152,12 +152,14 @@ def ways(self:_Tracer, m, args, kwargs):
         choices[-1] = False
     if self.random and random_state() != self.random: raise Opaque(m, 'it draws random numbers')
     if len(outs) > 1: self.branched.add(self.names[m])
-    if ends: self.leave(m, before, ends)
+    if ends: self.leave(m, before, ends, names)
     return self.merge(m, outs)
 
 @patch
-def leave(self:_Tracer, m, before, ends):
-    "Go on with what `m` leaves behind, if only it itself may ask for it"
+def leave(self:_Tracer, m, before, ends, names):
+    "Go on with what `m` leaves behind, if only it itself may ask for it; attributes with these `names` may be written, some of them where nobody sees it"
+    seen = {n for e in (before, *ends) for path in e.all_told for n in path}
+    self.asked_for(m, names - seen, False, set())
     changed = {str(e.all_told): e for e in ends if e.all_told != before.all_told}
     if len(changed) > 1: raise Opaque(m, 'what it leaves behind depends on its way')
     for end in changed.values():
