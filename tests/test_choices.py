@@ -177,6 +177,34 @@ def test_a_list_with_more_in_it_than_the_example(forward):
     for example in ((), ([small],)): assert not folded(randomise(model), example, [([small],), ([small, small],)]).folded
 
 
+def popped(m, xs):
+    ys = [m.conv(x) for x in xs]
+    return m.bn(ys.pop()), ys
+def besides(m, xs): return m.bn(m.conv(xs[0])), [m.conv(x) for x in xs[1:]]
+
+
+@pytest.mark.parametrize('forward', [popped, besides])
+def test_one_of_several_is_taken(forward):
+    for example in ((), ([small],)): assert not folded(pair(forward), example, [([small],), ([small, small],)]).folded
+
+
+class Each(nn.Module):
+    def __init__(self): super().__init__(); self.convs = nn.ModuleList([conv(), conv()])
+    def forward(self, xs): return [layer(x) for layer, x in zip(self.convs, xs)]
+
+
+@pytest.mark.parametrize('at', [0, -1])
+def test_a_parent_takes_one_of_several(at):
+    "which is that of another layer where there are more"
+    def forward(m, xs):
+        ys = m.each(xs)
+        ys[at] = m.bn(ys[at])
+        return ys
+    model = pair(forward)
+    model.each, model.at = Each(), at
+    for example in ((), ([small],)): folded(randomise(model), example, [([small],), ([small, small],)])
+
+
 def test_a_helper_chooses_by_a_name():
     for example in ((), ([small],)): assert not folded(pair(kept_type), example, [([small],), ([small], 'relu')]).folded
 

@@ -255,9 +255,11 @@ def test_no_stand_in_is_left_anywhere(forward, example):
     model.records, model.slots, model.count, model.array = [Record(more=Record())], Frozen(), counter(), np.zeros(1)
     by_key.clear()
     halves.cache_clear()
+    stand_ins = lambda: {id(o) for o in gc.get_objects() if issubclass(type(o), torch.fx.Proxy)}
+    before = stand_ins() # those of a notebook
     new = BN_Folder().fold(model, *example)
     gc.collect()
-    assert not [o for o in gc.get_objects() if issubclass(type(o), torch.fx.Proxy)]
+    assert stand_ins() <= before
     same(model, new, [(x,), (odd,)])
     assert model.array == 0 and model.count.__closure__[0].cell_contents == 0 and not hasattr(model.slots, 'last')
 

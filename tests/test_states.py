@@ -499,3 +499,35 @@ def test_a_run_that_cannot_be_recorded():
     before = snapshot(model)
     with pytest.raises(ValueError, match='runs on this example, but what it does can.t be recorded.*without'): BN_Folder().fold(model, x)
     assert_untouched(model, before)
+
+
+class Keeps(nn.Module):
+    "Concatenates what a hook kept of its activation"
+    def __init__(self, hooked): super().__init__(); self.conv, self.bn, self.act, self.last, self.features = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), {}; hooked(self)
+    def forward(self, x):
+        y = self.act(self.bn(self.conv(x)))
+        return torch.cat([self.last(y), self.features['a']], 1)
+    def keep(self, m, args, out): self.features['a'] = out
+def hooked_by_a_function(m):
+    features = m.features
+    m.act.register_forward_hook(lambda layer, args, out: features.update(a=out.detach()))
+def hooked_by_itself(m): m.act.register_forward_hook(lambda layer, args, out: m.features.update(a=out.detach()))
+def hooked_by_a_method(m): m.act.register_forward_hook(m.keep)
+
+
+@pytest.mark.parametrize('hooked, copies', [(hooked_by_a_function, False), (hooked_by_itself, False), (hooked_by_a_method, True)])
+def test_a_hook_that_holds_on_to_the_original(hooked, copies):
+    "a function is not copied: a copy's hook would write into the original, and a stale value would be read"
+    given, other = torch.randn(2, 2, 4, 5, 5, dtype=torch.float64)
+    model = randomise(Keeps(hooked))
+    run(model, (given,), {}), model(given)
+    before = snapshot(model)
+    for example in ((), (given,)):
+        if copies:
+            new = BN_Folder().fold(model, *example)
+            assert torch.allclose(model(other), new(other))
+        else:
+            with pytest.raises(TypeError, match='the hook .* on a ReLU holds on to a .* of the model'): BN_Folder().fold(model, *example)
+            assert_untouched(model, before)
+    want = model(other)
+    assert torch.allclose(want, BN_Folder().fold(model, inplace=True)(other))

@@ -11,6 +11,7 @@ from collections import ChainMap, OrderedDict
 from collections.abc import Callable
 from contextlib import ExitStack
 from math import isfinite
+from types import FunctionType
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,8 @@ from .affine import Affine, batchnorm_affine, take, then, to_float64
 from .clamp import ChannelClamp, through_clamp
 from .compose import in_parallel, in_series
 from .flow import under
-from .held import ATOMS, remembered, uncollected
+from .held import ATOMS, content, held_in, remembered, uncollected
+from .left import held_by
 from .layers import absorb, absorb_batchnorm, grouped, in_channels, like, out_channels, ungrouped
 from .plan import Plan
 from .scale import bared, scale_affine
@@ -218,6 +220,12 @@ def _attribute(m, name, memo):
     try: return _copy(vars(m)[name], memo)
     except (TypeError, RuntimeError) as e: raise TypeError(f"the `{name}` of a {type(m).__name__} can't be copied ({e}): take it out first, or fold the model itself, with `inplace=True`") from e
 
+def _check_hooks(m, memo):
+    "Raise if a hook would go on with what the original holds: a function is not copied, nor is what it closes over"
+    for hook in (h for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()) if isinstance(h, FunctionType)):
+        o = next((o for o in held_in(content(hook), object) if id(o) in memo and memo[id(o)] is not o and (isinstance(o, nn.Module) or held_by((o,)))), None)
+        if o is not None: raise TypeError(f"the hook `{hook.__qualname__}` on a {type(m).__name__} holds on to a {type(o).__name__} of the model, and would use the original's in a copy: take it off, or fold the model itself, with `inplace=True`")
+
 def copied(
     model:nn.Module,
     memo:dict|None=None, # As `copy.deepcopy` takes it
@@ -238,6 +246,7 @@ def copied(
     for m,plainly in seen.items():
         if plainly: vars(memo[id(m)]).update((name, _attribute(m, name, memo)) for name in vars(m) if name != '_compiled_call_impl') # `m.compile()` made it, and it runs the original
     new = copy.deepcopy(model, memo)
+    for m in seen: _check_hooks(m, memo)
     for m in seen:
         if id(m) in memo: memo[id(m)].training = m.training # a `__setstate__` of its own may make it anew
     return new

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .carry import PARTS, RESHAPES
-from .choices import may_choose
+from .choices import may_choose, may_loop
 from .code import KINDS_ASKED, variants
 from .flow import SHAPED_LIKE, Call, Entry, Flow, Value, mapped, naming, read_written_out, tensors_of, under, values_in
 from .held import held_in, uncollected
@@ -189,6 +189,7 @@ def _trace_root(m, flow, names, opaque, refused):
         except Exception as e: why = str(e).strip().split('\n')[0] or type(e).__name__
         flow.failed[names[m]] = why
         if choice or may_choose(m, why in KINDS_ASKED): flow.undecided.add(names[m])
+        if may_loop(m): flow.looping.add(names[m])
         _may_reach(flow, m, names)
         for t in held_in(m, nn.Parameter):
             if t in flow.names and not under(flow.names[t], names[m]): flow.params[flow.names[t]].outside = naming(names[m])
