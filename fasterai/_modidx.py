@@ -217,6 +217,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'fasterai/fold/finder.py'),
                                       'fasterai.fold.finder._is_torch': ('fold.finder.html#_is_torch', 'fasterai/fold/finder.py'),
                                       'fasterai.fold.finder._like': ('fold.finder.html#_like', 'fasterai/fold/finder.py'),
+                                      'fasterai.fold.finder._on_meta': ('fold.finder.html#_on_meta', 'fasterai/fold/finder.py'),
                                       'fasterai.fold.finder.uses_bias': ('fold.finder.html#uses_bias', 'fasterai/fold/finder.py')},
             'fasterai.fold.flow': { 'fasterai.fold.flow.Call': ('fold.flow.html#call', 'fasterai/fold/flow.py'),
                                     'fasterai.fold.flow.Call.__post_init__': ('fold.flow.html#call.__post_init__', 'fasterai/fold/flow.py'),

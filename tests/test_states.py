@@ -531,3 +531,14 @@ def test_a_hook_that_holds_on_to_the_original(hooked, copies):
             assert_untouched(model, before)
     want = model(other)
     assert torch.allclose(want, BN_Folder().fold(model, inplace=True)(other))
+
+
+def test_a_function_that_holds_on_to_the_original():
+    class Lambda(nn.Module):
+        def __init__(self): super().__init__(); self.conv, self.bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4); self.op = lambda x: self.conv(x)
+        def forward(self, x): return self.bn(self.op(x))
+    model, given = randomise(Lambda()), torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    for example in ((), (given,)):
+        with pytest.raises(FoldError, match='still calls a layer of the original.*inplace=True'): BN_Folder().fold(model, *example)
+    want = model(given)
+    assert torch.allclose(want, BN_Folder().fold(model, inplace=True)(given)) and type(model.bn) is nn.Identity

@@ -688,3 +688,28 @@ def test_einops(name, example):
     model = net(patterned[name], conv=conv(), bn=bn(), lin=lin())
     assert fold(model, x, inputs=[(x[:2, :, :4],)], example=example)[1]['bn'].folded == (example or name != 'before_it')
     assert einops.rearrange is rearrange is einops.einops.rearrange
+
+
+class Normed(nn.Conv2d):
+    "As detectron2 has it: a convolution with a norm and an activation of its own"
+    def __init__(self, *args, norm=None, activation=None, **kwargs): super().__init__(*args, bias=False, **kwargs); self.norm, self.activation = norm, activation
+    def forward(self, x):
+        x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        if self.norm is not None: x = self.norm(x)
+        return x if self.activation is None else self.activation(x)
+class Unbiased(Normed):
+    "uses its bias no more once it has one"
+    def forward(self, x):
+        x = F.conv2d(x, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
+        return self.norm(x)
+
+
+@pytest.mark.parametrize('kind, folds', [(Normed, 2), (Unbiased, 0)])
+def test_a_layer_with_a_norm_inside(kind, folds):
+    "whether it uses the bias it gains is tried on a copy without numbers, its norm and all; no hook of it runs"
+    model, seen = randomise(nn.Sequential(kind(4, 8, 3, norm=bn(8), activation=F.relu), kind(8, 4, 3, norm=bn()))), []
+    model[0].norm.register_forward_hook(lambda m, args, out: seen.append(out.device.type))
+    for example in ((), (x,)): assert BN_Folder().plan(model, *example).folded == (folds and 1)
+    assert 'meta' not in seen
+    model[0].norm._forward_hooks.clear()
+    for example in (False, True): assert fold(model, x, example=example)[1].folded == folds

@@ -220,6 +220,12 @@ def _like(tree, w, rank, more):
     "`tree` with a tensor on the meta device for each `Value`; those with `rank` axes are `more` longer on the last"
     return mapped(tree, Value, lambda v: w.new_empty([n + more*(d == rank-1 == len(v.shape)-1) for d,n in enumerate(v.shape)]))
 
+def _on_meta(m):
+    "`m` and its children without their numbers and their hooks"
+    parameters = {n: t if t is None else nn.Parameter(t.detach().to('meta'), False) for n,t in m._parameters.items()}
+    buffers = {n: t if t is None else t.to('meta') for n,t in m._buffers.items()}
+    return altered(m, _parameters=parameters, _buffers=buffers, _modules={n: None if c is None else _on_meta(c) for n,c in m._modules.items()}, _forward_hooks={}, _forward_pre_hooks={})
+
 def uses_bias(
     m:nn.Module, # A layer without a bias
     op:str, # A row of `LAYERS`
@@ -227,7 +233,8 @@ def uses_bias(
 )->bool: # `False` also where that can't be seen
     "Would `m` use a bias if it had one, on inputs of several sizes?"
     if 'bias' not in m._parameters or m._parameters.get('weight') is None: return False
-    probe = altered(m, _parameters={n: p if p is None else nn.Parameter(p.detach().to('meta'), False) for n,p in m._parameters.items()})
+    try: probe = _on_meta(m)
+    except RecursionError: return False # it holds itself
     w,groups = probe.weight, getattr(m, 'groups', 1)
     bias = probe._parameters['bias'] = nn.Parameter(w.new_empty(out_channels(op, w, groups)), False)
     rank = LAYERS[op].spatial+2
