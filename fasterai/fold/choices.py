@@ -6,14 +6,14 @@
 __all__ = ['may_choose', 'may_loop', 'may_reach']
 
 # %% ../../nbs/03_fold.choices.ipynb #a43b6744
-import dis,inspect,sys
+import inspect,sys
 from collections.abc import Callable
 from types import FunctionType, MethodType
 
 from torch import nn
 
 from .code import asks_kinds, functions_of
-from .held import behind, codes_in, is_authors, named_in, package_of, remembered
+from .held import behind, instructions, is_authors, named_in, package_of, reads_attribute, remembered
 
 # %% ../../nbs/03_fold.choices.ipynb #2c41c108
 def _functions(o):
@@ -22,15 +22,13 @@ def _functions(o):
 
 _making = {f'__{n}__' for n in ('init', 'new', 'init_subclass', 'class_getitem', 'setstate', 'getstate', 'reduce', 'reduce_ex',
                                'copy', 'deepcopy', 'repr', 'str', 'dir', 'del')} # what no `forward` comes to
-def _reads_attribute(i): return i.opname.startswith(('LOAD_ATTR', 'LOAD_METHOD'))
 def _calls_method(i): return i.opname == 'LOAD_METHOD' or i.opname == 'LOAD_ATTR' and sys.version_info >= (3, 12) and i.arg & 1
-def _instructions(f): return [[*dis.get_instructions(c)] for c in codes_in(f.__code__)]
 
 @remembered
 def _names_in(f):
     "The names in a function, but for those that are read from a global object"
-    of_global = lambda before, i: before and before.opname == 'LOAD_GLOBAL' and _reads_attribute(i)
-    return {i.argval for code in _instructions(f) for before,i in zip([None, *code], code) if isinstance(i.argval, str) and not of_global(before, i)}
+    of_global = lambda before, i: before and before.opname == 'LOAD_GLOBAL' and reads_attribute(i)
+    return {i.argval for code in instructions(f) for before,i in zip([None, *code], code) if isinstance(i.argval, str) and not of_global(before, i)}
 
 def _constant_name(code, at):
     "The name that the `getattr` at `code[at]` asks for, if it is a constant: what is pushed before the call, or before a default"
@@ -49,7 +47,7 @@ def _own_functions(m):
     while now := [(n, f) for n,f in left if n == 'forward' or n.startswith('__') or any(n in _names_in(g) for g in reached)]:
         left = [o for o in left if o not in now]
         reached = [*reached, *(f for _,f in now)]
-        if any(by_a_computed_name(code, at) for _,f in now for code in _instructions(f) for at in range(len(code))): return [*held, *(f for _,f in own)]
+        if any(by_a_computed_name(code, at) for _,f in now for code in instructions(f) for at in range(len(code))): return [*held, *(f for _,f in own)]
     return reached
 
 # %% ../../nbs/03_fold.choices.ipynb #7dd56631
@@ -87,15 +85,15 @@ def may_choose(
     "Is there an `if` in the code of `m`, or anything else that chooses? An argument that may be left out is given to something, and another may be"
     ps = [*inspect.signature(m.forward).parameters.values()]
     if any(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in ps): return True
-    functions,own = functions_of(m), _own_functions(m)
+    functions,own = functions_of(m), _own_functions(m) if of_kinds else ()
     if of_kinds: functions = [f for f in functions if f in own or not (asks_kinds(f) or package_of(f) == 'functools')]
-    return any(_chooses(code, at, [c for c in codes if c is not code]) for f in functions for codes in [_instructions(f)] for code in codes for at in range(len(code)))
+    return any(_chooses(code, at, [c for c in codes if c is not code]) for f in functions for codes in [instructions(f)] for code in codes for at in range(len(code)))
 
 def may_loop(
     m:nn.Module,
 )->bool:
     "Is there a loop in the code of `m`, of which nobody knows how often it runs?"
-    return any(i.opname == 'FOR_ITER' for f in functions_of(m) for code in _instructions(f) for i in code)
+    return any(i.opname == 'FOR_ITER' for f in functions_of(m) for code in instructions(f) for i in code)
 
 # %% ../../nbs/03_fold.choices.ipynb #67a43f63
 _walks = {'modules', 'children', 'named_modules', 'named_children', 'get_submodule', '_modules', 'apply', '__getattr__', '__getattribute__', '__dict__', 'vars', 'state_dict'}
@@ -108,7 +106,7 @@ def _hands_itself_over(f):
     "Does the method `f` give its module to a function of the model's author?"
     if not any(is_authors(g, but=('torch', 'fasterai')) for g in named_in(f)[0].values()): return False
     keeps = lambda before, after: after.opname.startswith(('LOAD_ATTR', 'LOAD_METHOD', 'LOAD_SUPER', 'STORE_ATTR', 'GET_ITER')) or before.argval == 'getattr' and after.opname == 'LOAD_CONST'
-    return any(_is_self(i, f) and not keeps(before, after) for code in _instructions(f) for before,i,after in zip([code[-1], *code], code, code[1:]))
+    return any(_is_self(i, f) and not keeps(before, after) for code in instructions(f) for before,i,after in zip([code[-1], *code], code, code[1:]))
 
 def _goes_in(code, at):
     "Is something taken out of what is no attribute: of a local variable, of what was taken out itself?"
@@ -128,7 +126,7 @@ def _goes_anywhere(m, functions):
     replaced = vars(m).get('forward')
     if replaced and getattr(replaced, '__self__', None) is not m: return True
     if any(_hands_itself_over(f) for f in functions if not _is_static(m, f)): return True
-    return any(_walks_on(code, at) for f in functions for code in _instructions(f) for at in range(len(code)))
+    return any(_walks_on(code, at) for f in functions for code in instructions(f) for at in range(len(code)))
 
 def _attributes_read(m, codes):
     "The names of the attributes whose value `codes` go on with; those of another than `self` once more"
@@ -137,7 +135,7 @@ def _attributes_read(m, codes):
     asks_fact = lambda i,after: after.opname.startswith('LOAD_ATTR') and i.argval in m._modules and _is_plain_fact(m._modules[i.argval], after.argval)
     read = {i.argval for _,code in codes for i,after in zip(code, code[1:]) if is_read(i) and not asks_none(after) and not asks_fact(i, after)}
     read |= {_constant_name(code, at) for _,code in codes for at,i in enumerate(code) if i.opname.startswith('LOAD_') and i.argval == 'getattr'}
-    of_others = {i.argval for f,code in codes for before,i in zip(code, code[1:]) if _reads_attribute(i) and not _is_self(before, f)}
+    of_others = {i.argval for f,code in codes for before,i in zip(code, code[1:]) if reads_attribute(i) and not _is_self(before, f)}
     return read, of_others | {n for n in read if n}
 
 def may_reach(
@@ -146,7 +144,7 @@ def may_reach(
     "How far the code of `m` goes into its children. Where that can't be seen, all the way"
     functions = _own_functions(m)
     if _goes_anywhere(m, functions): return lambda path: '.' in path
-    codes = [(f, code) for f in functions for code in _instructions(f)]
+    codes = [(f, code) for f in functions for code in instructions(f)]
     read,of_others = _attributes_read(m, codes)
     goes_in = any(_goes_in(code, at) for _,code in codes for at in range(1, len(code)))
     def uses_inside(child): return any(isinstance(getattr(type(child), n, None), (FunctionType, property)) and not hasattr(nn.Module, n) for n in of_others)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .held import codes_in, held_in, is_authors, named_in, own_attributes, reached, remembered
+from .held import codes_in, held_in, is_authors, named_in, own_attributes, reached, reads_attribute, remembered
 
 # %% ../../nbs/02_fold.code.ipynb #19287171
 _autocasts = {'is_autocast_enabled', 'is_autocast_cpu_enabled', 'is_autocast_xla_enabled', 'is_autocast_ipu_enabled'}
@@ -111,7 +111,7 @@ def _compares_values(code, at, held):
 def _telling_attribute(code, at, held):
     "Is an attribute read that tells more than a stand-in knows?"
     name,owner = code[at].argval, code[at-1].argval
-    if not code[at].opname.startswith(('LOAD_ATTR', 'LOAD_METHOD')): return False
+    if not reads_attribute(code[at]): return False
     if name == '__class__': return owner != 'self'
     imported_as_asked = name in _state_names and f'torch.{owner}' in STATES.keys() - sys.modules.keys()
     return name in _asked or imported_as_asked or held.get(owner) is builtins and name in dir(builtins)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ATOMS', 'NAMESPACES', 'OWN', 'remembered', 'afresh', 'package_of', 'is_authors', 'is_record', 'content',
-           'own_attributes', 'held_in', 'behind', 'codes_in', 'named_in', 'reached', 'Memory', 'untouched',
-           'plain_device', 'random_state', 'same_random_state', 'uncollected', 'young_garbage']
+           'own_attributes', 'held_in', 'behind', 'reads_attribute', 'codes_in', 'instructions', 'named_in', 'reached',
+           'put_back', 'Memory', 'untouched', 'plain_device', 'random_state', 'same_random_state', 'uncollected',
+           'young_garbage']
 
 # %% ../../nbs/01_fold.held.ipynb #497633f4
 import builtins,dis,functools,gc,inspect,operator,random,sys,weakref
@@ -107,11 +108,23 @@ def behind(
     if isinstance(o, (classmethod, staticmethod)): return [o.__func__]
     return [o.func] if isinstance(o, (functools.cached_property, functools.partialmethod)) else [o]
 
+def reads_attribute(
+    i:dis.Instruction,
+)->bool:
+    "Does it read an attribute, or a method to call?"
+    return i.opname.startswith(('LOAD_ATTR', 'LOAD_METHOD'))
+
 def codes_in(
     code:CodeType,
 )->list:
     "A function's code, and that of what is defined in it"
     return [code, *(c for o in code.co_consts if isinstance(o, CodeType) for c in codes_in(o))]
+
+def instructions(
+    f:FunctionType,
+)->list: # Of a list for each of its codes
+    "What a function does, step by step, and what is defined in it"
+    return [[*dis.get_instructions(c)] for c in codes_in(f.__code__)]
 
 def _only_asked(code, at):
     "Is the class that is loaded at `code[at]` read for an attribute, or given to `isinstance`? It makes nothing there"
@@ -128,7 +141,7 @@ def named_in(
     for c in codes_in(f.__code__):
         o,code = None,[*dis.get_instructions(c)]
         for at,i in enumerate(code):
-            attr = i.opname.startswith(('LOAD_ATTR', 'LOAD_METHOD'))
+            attr = reads_attribute(i)
             if isinstance(o, ModuleType): # whose attribute is read, or which goes somewhere as a whole
                 found = {f'{o.__name__}.{n}': vars(o)[n] for n in ([i.argval] if attr else c.co_names) if n in vars(o)}
                 held |= found
@@ -200,6 +213,14 @@ def reached(
 
 # %% ../../nbs/01_fold.held.ipynb #476c36fd
 _containers = {list, dict, set, OrderedDict, *NAMESPACES, deque, defaultdict, Counter}
+def put_back(
+    o:object, # A container, emptied first
+    old:object, # A copy of what it held
+):
+    "Let a container hold again what it held"
+    o.clear()
+    (o.extend if isinstance(o, (list, deque)) else o.update)(old)
+
 def _shared_by(cls):
     "The containers that all modules of a class share: in the class, and in the names that its `forward` uses"
     f = inspect.unwrap(cls.forward)
@@ -241,9 +262,7 @@ class Memory:
     def restore(self):
         for o,old in self.changed():
             if isinstance(o, Tensor): o.detach().copy_(old)
-            else:
-                o.clear()
-                (o.extend if isinstance(o, (list, deque)) else o.update)(old)
+            else: put_back(o, old)
         for array,old in self.arrays: array[...] = old
         for cell,old in self.cells: cell.cell_contents = old
         for o,old in self.slotted:

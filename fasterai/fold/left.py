@@ -13,13 +13,11 @@ from functools import cached_property
 from torch import Tensor, fx, nn
 
 from .code import functions_of
-from .held import ATOMS, NAMESPACES, OWN, codes_in, held_in, is_record, own_attributes, package_of, remembered
+from .held import ATOMS, NAMESPACES, OWN, codes_in, held_in, instructions, is_record, own_attributes, package_of, put_back, reads_attribute, remembered
 
 # %% ../../nbs/03_fold.left.ipynb #6d6c2877
 _kinds = (dict, list, set, deque)
 _changing = {'append', 'appendleft', 'extend', 'insert', 'add', 'update', 'setdefault', 'pop', 'popleft', 'popitem', 'remove', 'discard', 'clear', 'sort', 'reverse', '__setitem__', 'register_buffer'}
-
-def _reads(i): return i.opname.startswith(('LOAD_ATTR', 'LOAD_METHOD'))
 
 @remembered
 def _written_by(f):
@@ -27,7 +25,7 @@ def _written_by(f):
     for c in codes_in(f.__code__):
         code = [*dis.get_instructions(c)]
         names |= {i.argval for i in code if i.opname in ('STORE_ATTR', 'DELETE_ATTR')}
-        changes = changes or any(i.opname in ('STORE_SUBSCR', 'DELETE_SUBSCR') or _reads(i) and i.argval in _changing for i in code)
+        changes = changes or any(i.opname in ('STORE_SUBSCR', 'DELETE_SUBSCR') or reads_attribute(i) and i.argval in _changing for i in code)
         if any(i.argval in ('setattr', '__setattr__') for i in code): names |= {o for o in c.co_consts if type(o) is str}
     return frozenset(names), changes
 
@@ -46,9 +44,8 @@ def _read_of_others_by(f):
     is_method = not f.__qualname__.rpartition('.')[0].endswith('<locals>') and '.' in f.__qualname__
     own = f.__code__.co_varnames[:1] if is_method else ()
     names = {o for c in codes_in(f.__code__) for o in c.co_consts if type(o) is str}
-    for c in codes_in(f.__code__):
-        code = [*dis.get_instructions(c)]
-        names |= {i.argval for before,i in zip(code, code[1:]) if _reads(i) and not (before.opname.startswith(('LOAD_FAST', 'LOAD_DEREF')) and before.argval in own)}
+    for code in instructions(f):
+        names |= {i.argval for before,i in zip(code, code[1:]) if reads_attribute(i) and not (before.opname.startswith(('LOAD_FAST', 'LOAD_DEREF')) and before.argval in own)}
     return frozenset(names)
 
 def read_of_others(
@@ -88,9 +85,7 @@ class Left:
     def all_told(self): return dict(line for at,o in self.places.items() for n,v in o.items() for line in self.told(v, (at, n)))
 
     def put_back(self):
-        for h,old in self.saved.values():
-            h.clear()
-            (h.extend if isinstance(h, (list, deque)) else h.update)(old)
+        for h,old in self.saved.values(): put_back(h, old)
 
     def differing(self, other):
         "Where it differs from another: the names of attributes and keys; whether in what was given; and the containers"
