@@ -1,5 +1,5 @@
 "A choice made in one module that changes what happens in another: by what it is given, or by what is left behind."
-import argparse, types
+import argparse, contextvars, threading, types
 
 import einops, pytest, torch
 import torch.nn.functional as F
@@ -244,3 +244,15 @@ def test_a_view_of_49_places():
         def forward(self, x): return self.bn(self.fc(x).view(2, 7, 7, 4).permute(0, 3, 1, 2))
     given = torch.randn(2, 49, 3, dtype=torch.float64)
     folded(randomise(Places()), (given,), [(given,)])
+
+
+LARGE, LOCAL = contextvars.ContextVar('large', default=False), threading.local()
+def by_context(m): LARGE.set(True)
+def by_thread(m): LOCAL.large = True
+
+
+@pytest.mark.parametrize('writes, asks', [(by_context, lambda m: LARGE.get()), (by_thread, lambda m: getattr(LOCAL, 'large', False))])
+def test_a_variable_of_a_context_or_a_thread(writes, asks):
+    "is nowhere to be put back, and may be another when the model runs"
+    shares = Shares(writes)
+    for example in ((), (small,), (many,)): assert not BN_Folder().plan(randomise(nn.Sequential(shares, Asks(shares, asks))), *example).folded

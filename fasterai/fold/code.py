@@ -9,8 +9,10 @@ __all__ = ['STATES', 'KINDS_ASKED', 'MAX_WAYS', 'is_state', 'asks_kinds', 'Readi
 # %% ../../nbs/02_fold.code.ipynb #f88cad2c
 import builtins,dis,functools,inspect,operator,random,sys
 from collections.abc import Iterator
+from contextvars import ContextVar
 from itertools import product
 from math import prod
+from threading import local
 from types import BuiltinFunctionType, CodeType, FunctionType
 from typing import NamedTuple
 
@@ -152,6 +154,7 @@ def _asked_by(o, named):
     if isinstance(o, FunctionType) and hasattr(o, 'registry') or isinstance(o, functools.singledispatchmethod): return 'it asks `type`'
     if isinstance(o, FunctionType): return _asks(o) if is_authors(o) else ''
     if isinstance(o, functools._lru_cache_wrapper): return '' if named else 'it keeps what it computed'
+    if isinstance(o, (ContextVar, local)): return 'it keeps what it computed'
     if _is_generator(o): return 'it draws random numbers'
     if isinstance(o, Iterator): return 'it counts its calls'
     return 'it catches exceptions' if _swallows(o if isinstance(o, type) else type(o)) else ''
