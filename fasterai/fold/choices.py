@@ -10,10 +10,11 @@ import inspect,sys
 from collections.abc import Callable
 from types import FunctionType, MethodType
 
-from torch import nn
+from torch import Tensor, nn
 
-from .code import asks_kinds, functions_of
-from .held import behind, instructions, is_authors, named_in, package_of, reads_attribute, remembered
+from .code import asks_kinds, functions_of, hook_functions, reading
+from .held import OWN, behind, held_in, instructions, is_authors, is_record, named_in, package_of, reads_attribute, remembered
+from .known import METADATA
 
 # %% ../../nbs/03_fold.choices.ipynb #2c41c108
 def _functions(o):
@@ -96,66 +97,127 @@ def may_loop(
     return any(i.opname == 'FOR_ITER' for f in functions_of(m) for code in instructions(f) for i in code)
 
 # %% ../../nbs/03_fold.choices.ipynb #67a43f63
-_walks = {'modules', 'children', 'named_modules', 'named_children', 'get_submodule', '_modules', 'apply', '__getattr__', '__getattribute__', '__dict__', 'vars', 'state_dict'}
-def _is_self(i, f): return i.opname.startswith(('LOAD_FAST', 'LOAD_DEREF')) and i.argval in f.__code__.co_varnames[:1]
-def _walks_on(code, at): return code[at].opname.startswith('LOAD_') and (code[at].argval in _walks or code[at].argval == 'getattr' and not _constant_name(code, at))
+_harmless = {'training', 'forward', '__call__', 'register_buffer', '_get_name', 'extra_repr', '__module__', '__annotations__', *dir(object)}
+_of_modules = {*dir(nn.Module), *OWN} - _harmless | {'__dict__', '__getattribute__'} # with which one gets at what is inside, or changes all of it
+_of_tensors = _of_modules & {*dir(Tensor)} # `x.float()` is no matter, `self.float()` may be
+_out_of_sight = {'vars', 'eval', 'exec', 'locals', 'globals', 'attrgetter', 'methodcaller', 'getmembers', '_getframe', 'currentframe', 'get_objects', 'get_referrers'}
+_iterating = {'enumerate', 'zip', 'iter', 'next', 'list', 'tuple', 'reversed', 'map', 'filter', 'sorted', 'min', 'max', 'reduce', 'chain'}
+_lists = nn.ModuleList, nn.ModuleDict, nn.Sequential
 
+def _is_self(i, f): return i.opname.startswith(('LOAD_FAST', 'LOAD_DEREF')) and i.argval in f.__code__.co_varnames[:1]
 def _is_static(m, f): return any(isinstance(o, staticmethod) and f in _functions(o) for c in type(m).__mro__ for o in [vars(c).get(f.__name__)])
 
-def _hands_itself_over(f):
-    "Does the method `f` give its module to a function of the model's author?"
-    if not any(is_authors(g, but=('torch', 'fasterai')) for g in named_in(f)[0].values()): return False
-    keeps = lambda before, after: after.opname.startswith(('LOAD_ATTR', 'LOAD_METHOD', 'LOAD_SUPER', 'STORE_ATTR', 'GET_ITER')) or before.argval == 'getattr' and after.opname == 'LOAD_CONST'
-    return any(_is_self(i, f) and not keeps(before, after) for code in instructions(f) for before,i,after in zip([code[-1], *code], code, code[1:]))
+@remembered
+def _asks_where(f):
+    "Does `f` tell of what dtype, or where, the parameters are, and nothing else?"
+    names,free = {i.argval for code in instructions(f) for i in code if reads_attribute(i)}, {*f.__code__.co_names}
+    return names <= {'parameters', 'buffers', *METADATA} and free - names <= {'next', 'iter', 'any', 'all', 'StopIteration'}
 
-def _goes_in(code, at):
-    "Is something taken out of what is no attribute: of a local variable, of what was taken out itself?"
-    o,by = code[at].opname, code[at-1].opname
-    if o in ('GET_ITER', 'UNPACK_SEQUENCE', 'UNPACK_EX'): return by.startswith(('LOAD_FAST', 'BINARY_SUBSCR'))
-    return _takes_out(code[at]) and not (by.startswith('LOAD_') and code[at-2].opname.startswith('LOAD_ATTR'))
+def _asks_one(code, at):
+    "Is it `next(self.parameters()).dtype`, or `.device`?"
+    rest = [i for i in code[at+1:at+6] if i.opname not in ('PRECALL', 'CACHE')]
+    return code[at].argval in ('parameters', 'buffers') and [i.opname.startswith('CALL') for i in rest[:2]] == [True, True] and rest[2].argval in ('dtype', 'device')
+
+def _goes_through(f, code, at):
+    "Does the instruction get at what is inside of modules, whatever its name?"
+    i = code[at]
+    if i.opname.startswith('LOAD_') and i.argval == 'getattr': return not (name := _constant_name(code, at)) or name in _of_modules
+    if i.opname.startswith('LOAD_') and i.argval in _out_of_sight: return True
+    return reads_attribute(i) and i.argval in _of_modules - _of_tensors and not (_asks_one(code, at) or _asks_where(f))
+
+def _goes_over(code, at):
+    "Are the parts of the module that `code[at]` loads gone through one by one, or counted?"
+    return code[at+1].opname == 'GET_ITER' or code[at-1].argval in ('enumerate', 'len')
+
+def _hands_over(f, code, at):
+    "To whom goes the module that `code[at]` loads, and whose attributes are not just read, or set? To code that is known to have names for what it does, or to anyone"
+    after,before = code[at+1], {code[at-1].argval, code[at-2].argval}
+    if reads_attribute(after): return 'anyone' if after.argval in _of_tensors else ''
+    if after.opname.startswith(('LOAD_SUPER', 'STORE_ATTR', 'DELETE_ATTR')) or _goes_over(code, at) or before & {'super', 'isinstance', 'type', 'getattr', 'hasattr'}: return ''
+    to = named_in(f)[0].get(code[at-1].argval) if code[at-1].opname.startswith(('LOAD_GLOBAL', 'LOAD_DEREF')) else None
+    return 'known' if is_authors(to) or isinstance(to, type) and is_record(to) else 'anyone'
+
+def _goes_in(code, at, given=()):
+    "Is something taken out of a local variable, or of what was taken out itself? What a module is `given` is none"
+    o,by = code[at].opname, code[at-1]
+    if by.opname.startswith('LOAD_FAST') and by.argval in given: return False
+    if o in ('GET_ITER', 'UNPACK_SEQUENCE', 'UNPACK_EX', 'LIST_EXTEND', 'SET_UPDATE'): return by.opname.startswith(('LOAD_FAST', 'LOAD_DEREF', 'BINARY_SUBSCR'))
+    if o.startswith(('LOAD_FAST', 'LOAD_DEREF')) and code[at].argval not in given and not reads_attribute(code[at+1]):
+        return next((i.argval for i in reversed(code[:at]) if i.opname.startswith(('LOAD_GLOBAL', 'CALL'))), '') in _iterating
+    return _takes_out(code[at]) and not (by.opname.startswith('LOAD_') and code[at-2].opname.startswith('LOAD_ATTR'))
+
+def _calls_with_any(code, at):
+    "Is what `code[at]` reads called with any number of arguments: `self.block(*args)`?"
+    call = next((n for n,i in enumerate(code[at:], at) if i.opname == 'CALL_FUNCTION_EX'), at)
+    builds = ('LOAD_FAST', 'LOAD_CONST', 'LOAD_DEREF', 'BUILD_', 'LIST_', 'DICT_', 'PUSH_NULL', 'CALL_INTRINSIC_1')
+    return call > at and 'PUSH_NULL' in (code[at-2].opname, code[at+1].opname) and all(i.opname.startswith(builds) for i in code[at+1:call])
+
+# %% ../../nbs/03_fold.choices.ipynb #770d1cfa
+def _holds_inside(m):
+    "Does `m`, its class or its code hold a module inside of `m` by another name as well?"
+    own = [o for n,o in vars(m).items() if n not in OWN and not (isinstance(o, MethodType) and o.__self__ is m)]
+    of_class = [o for c in type(m).__mro__ if not c.__module__.startswith('torch.nn.') for o in vars(c).values()]
+    return not {*m.modules()}.isdisjoint(held_in((*own, *of_class, *reading(m).others), nn.Module))
 
 def _is_plain_fact(child, name):
     "Is the attribute `name` of a module a number or a name, or computed of such?"
     o = inspect.getattr_static(child, name, child)
-    if isinstance(o, property): return o.fget is not None and all(_names_in(f).isdisjoint({*child._modules, *_walks, 'getattr'}) for f in _functions(o))
+    if isinstance(o, property): return o.fget is not None and all(_names_in(f).isdisjoint({*child._modules, *_of_modules, *_out_of_sight, 'getattr'}) for f in _functions(o))
     return type(o) in (int, float, str, bool, type(None))
 
-# %% ../../nbs/03_fold.choices.ipynb #770d1cfa
-def _goes_anywhere(m, functions):
-    "May it use any module inside of it by itself: does it walk through them, or give itself to another function?"
-    replaced = vars(m).get('forward')
-    if replaced and getattr(replaced, '__self__', None) is not m: return True
-    if any(_hands_itself_over(f) for f in functions if not _is_static(m, f)): return True
-    return any(_walks_on(code, at) for f in functions for code in instructions(f) for at in range(len(code)))
+def _values_read(m, of_self):
+    "The names of the attributes of `m` whose value its code goes on with: it does more than to call it, or to ask whether it is there"
+    def goes_on(code, at):
+        i,after,then = code[at+1:at+4]
+        if not i.opname.startswith('LOAD_ATTR') or _calls_method(i): return False
+        asks_none = after.opname == 'LOAD_CONST' and after.argval is None and then.opname in ('IS_OP', 'COMPARE_OP') or 'POP_JUMP' in after.opname
+        asks_fact = after.opname.startswith('LOAD_ATTR') and i.argval in m._modules and _is_plain_fact(m._modules[i.argval], after.argval)
+        return not (asks_none or asks_fact or _calls_with_any(code, at+1))
+    by_name = [_constant_name(code, n) for _,code,at in of_self for n in (at-1, at-2) if code[n].argval == 'getattr']
+    return {code[at+1].argval for _,code,at in of_self if reads_attribute(code[at+1]) and goes_on(code, at)} | {*by_name} - {None}
 
-def _attributes_read(m, codes):
-    "The names of the attributes whose value `codes` go on with; those of another than `self` once more"
-    is_read = lambda i: i.opname.startswith('LOAD_ATTR') and not _calls_method(i)
-    asks_none = lambda i: i.opname == 'LOAD_CONST' and i.argval is None or 'POP_JUMP' in i.opname
-    asks_fact = lambda i,after: after.opname.startswith('LOAD_ATTR') and i.argval in m._modules and _is_plain_fact(m._modules[i.argval], after.argval)
-    read = {i.argval for _,code in codes for i,after in zip(code, code[1:]) if is_read(i) and not asks_none(after) and not asks_fact(i, after)}
-    read |= {_constant_name(code, at) for _,code in codes for at,i in enumerate(code) if i.opname.startswith('LOAD_') and i.argval == 'getattr'}
-    of_others = {i.argval for f,code in codes for before,i in zip(code, code[1:]) if reads_attribute(i) and not _is_self(before, f)}
-    return read, of_others | {n for n in read if n}
+class _Uses:
+    "What `functions` may do with modules that they get, which is told by the names in them"
+    def __init__(self, functions):
+        codes = [(f, code) for f in functions for code in instructions(f)]
+        self.names = {i.argval for f,code in codes for before,i in zip(code, code[1:]) if reads_attribute(i) and not _is_self(before, f)}
+        self.anything = any(_goes_through(f, code, at) for f,code in codes for at in range(len(code)))
+        self.goes_in = any(_goes_in(code, at, f.__code__.co_varnames[1:] if f.__name__ == 'forward' else ()) for f,code in codes for at in range(1, len(code)))
+
+    def inside(self, m, name):
+        "May they use what `m` has by this `name`?"
+        by_a_method = any(isinstance(getattr(type(m), n, None), (FunctionType, property)) and not hasattr(nn.Module, n) for n in self.names)
+        return self.anything or self.goes_in and isinstance(m, _lists) or by_a_method or name in self.names
+
+    def below(self, m, path):
+        "Or anything on the `path` from there?"
+        return any(self.inside(m.get_submodule('.'.join(names[:n])), names[n]) for names in [path.split('.')] for n in range(len(names)))
+
+def _helpers(own, functions):
+    "Those of the `functions` to which its `own` may give something, by their names"
+    found,left = [*own], [f for f in functions if f not in own]
+    while now := [f for f in left if any(f.__name__ in _names_in(g) or any(f is o for o in named_in(g)[0].values()) for g in found)]:
+        found,left = found + now, [f for f in left if f not in now]
+    return found
 
 def may_reach(
-    m:nn.Module, # Its code can't be followed
+    m:nn.Module, # Its code can't be followed, or it has hooks
 )->Callable: # `f(path)`, of the name of a module inside of `m`, as `m` has it: may the code of `m` use it by itself, and not just call what it is in?
     "How far the code of `m` goes into its children. Where that can't be seen, all the way"
-    functions = _own_functions(m)
-    if _goes_anywhere(m, functions): return lambda path: '.' in path
-    codes = [(f, code) for f in functions for code in instructions(f)]
-    read,of_others = _attributes_read(m, codes)
-    goes_in = any(_goes_in(code, at) for _,code in codes for at in range(1, len(code)))
-    def uses_inside(child): return any(isinstance(getattr(type(child), n, None), (FunctionType, property)) and not hasattr(nn.Module, n) for n in of_others)
+    own,replaced = _own_functions(m), vars(m).get('forward')
+    of_self = [(f, code, at) for f in own if not (_is_static(m, f) or any(f is o for o in vars(m).values())) for code in instructions(f) for at,i in enumerate(code) if _is_self(i, f)]
+    to = {_hands_over(*o) for o in of_self}
+    if replaced and getattr(replaced, '__self__', None) is not m or type(m).forward is nn.Module.forward or 'anyone' in to or _holds_inside(m) or _Uses(own).anything: return lambda path: True
+    given = [_Uses(functions) for functions in (functions_of(m) if 'known' in to else (), hook_functions(m)) if functions] # they get `m` itself
+    uses,read,each = _Uses(_helpers(own, functions_of(m))), _values_read(m, of_self), any(_goes_over(code, at) for _,code,at in of_self)
     def reaches(path):
         name,_,inside = path.partition('.')
-        child,listed = m._modules[name], False
-        while inside and isinstance(child, (nn.ModuleList, nn.ModuleDict, *[nn.Sequential][:name in read])): # to take one out of a list is not to look into it
+        if any(o.below(m, path) for o in given): return True
+        child,listed = m._modules[name], each
+        if name in read and not isinstance(child, _lists): return bool(inside)
+        while inside and isinstance(child, _lists if name in read else _lists[:2]): # to take one out of a list is not to look into it
             if isinstance(child, nn.Sequential) and '.' not in inside: return True # it may be called as a whole, too
             at,_,inside = inside.partition('.')
             child,listed = child._modules[at], True
-        if not inside: return False
-        if not listed: return name in read
-        return goes_in and isinstance(child, nn.Sequential) or uses_inside(child) or inside.partition('.')[0] in of_others
+        return bool(inside) and listed and uses.inside(child, inside.partition('.')[0])
     return reaches

@@ -39,11 +39,12 @@ class Absorb:
 
 # %% ../../nbs/05_fold.finder.ipynb #48b9ab82
 class Finder:
-    "Finds the layers that absorb a BatchNorm, in one flow"
+    "Finds the layers that absorb a BatchNorm, in one flow; `symbolic`: the trace of the same model, if that is a recorded run"
     def __init__(self, flow, symbolic=None):
+        symbolic = symbolic or flow
         self.model,self.flow,self.folded,self.owners = flow.model,flow,set(),{}
-        # what a module can reach that could not be followed; a recorded run followed it where it is in its place, but not where it is held besides
-        reaches = {at: may_reach(flow.modules[at]) for at in {*(symbolic or flow).unknown.values()}} if symbolic else {}
+        # what a module can reach that could not be followed: it calls what is in its place, but what it does with what it holds besides is not known
+        reaches = {at: may_reach(flow.modules[at]) for at in {*symbolic.unknown.values()}}
         places = {}
         for n,m in flow.modules.items(): places.setdefault(m, []).append(n)
         def called_by(n): # the module in whose `forward` a call of `n` is written
@@ -53,8 +54,8 @@ class Finder:
             own = places[flow.modules[n]]
             if len(own) > 1 and any(called_by(p) in symbolic.failed for p in own): return False # elsewhere it was followed
             return under(n, at) and not any(reaches[at](p[len(at):].removeprefix('.')) for p in own if under(p, at) and p != at)
-        self.unknown = {n: at for n,at in (symbolic or flow).unknown.items() if symbolic is None or not inside(n, at)}
-        self.unfollowed,self.failed = (symbolic or flow).unknown,(symbolic or flow).failed # the same, wherever that is; and why
+        self.unknown = {n: at for n,at in symbolic.unknown.items() if not inside(n, at)}
+        self.unfollowed,self.failed = symbolic.unknown,symbolic.failed # the same, wherever that is; and why
         memory = {}
         for name,m in self.model.named_modules():
             for attr,p in m._parameters.items(): # two parameters in one memory have both of their owners

@@ -290,7 +290,7 @@ def plan_folds(
     keep,traced,confirm = keep or {},{},None
     if symbolic:
         traced = {r.name: r for r in plan_folds(symbolic, keep=keep, sides=sides)}
-        confirm = in_all_ways(flow, symbolic, Finder(symbolic, symbolic).judged(keep, sides) if symbolic.unknown else traced)
+        confirm = in_all_ways(flow, symbolic, traced)
     rows = Finder(flow, symbolic).judged(keep, sides, confirm)
     for name in dict.fromkeys([*(n for n,m in flow.model.named_modules() if isinstance(m, _BatchNorm) or n in traced), *traced]):
         if name in rows: continue

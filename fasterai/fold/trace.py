@@ -17,9 +17,10 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .carry import PARTS, RESHAPES
 from .choices import may_choose, may_loop
-from .code import KINDS_ASKED, variants
+from .code import KINDS_ASKED, reading, variants
 from .flow import SHAPED_LIKE, Call, Entry, Flow, Value, mapped, naming, read_written_out, tensors_of, under, values_in
 from .held import held_in, uncollected
+from .left import read, shared_by, written
 from .known import METADATA, called_plainly, custom_op, is_plain, known_layer, plain_batchnorm
 from .shapes import shape_of, sizes_in
 from .standin import INPLACE, Impossible, Node, Opaque
@@ -198,14 +199,41 @@ def _trace_root(m, flow, names, opaque, refused):
 # %% ../../nbs/05_fold.trace.ipynb #e60a2290
 _lock = threading.RLock()
 
+def _left_apart(flow, refused):
+    "The modules that may go by what another one leaves behind, where the two were not traced together, and why"
+    names = {m: n for n,m in flow.model.named_modules()}
+    untraced = {m for m in names if names[m] in flow.failed or m._forward_hooks or m._forward_pre_hooks}
+    if not untraced: return {}
+    traced = [{flow.modules[name], *(flow.modules[stack[-1]] for stack,*_ in tracer.calls)} for name,_,tracer in flow.traces]
+    seen_to_write = set().union(*(t for t,(*_,tracer) in zip(traced, flow.traces) if tracer.wrote))
+    writers,found = [(m, w, shared_by(m)) for m in names if any(w := written(m)) and (m in untraced | seen_to_write or w.others)], {}
+    for o in names if writers else ():
+        if o in refused or names[o] in flow.failed: continue
+        mine,reads,shared = [t for t in traced if o in t], read(o), shared_by(o)
+        reached = {*held_in((o, *reading(o).others), nn.Module)}
+        for m,writes,held in writers:
+            if m is o or all(m in t for t in mine): continue
+            meets = writes.own & reads.others and m in reached or writes.others & reads.any or writes.changes and shared[0] & held[0] or writes.fills and shared[1] & held[1]
+            if meets: found[o] = f'it goes by what {naming(names[m])} leaves behind'
+    return found
+
 @uncollected()
 def trace_flow(
     model:nn.Module, # Not run, and not changed
 )->Flow: # For every input
     "The flow of `model` as its `forward`s tell it"
-    flow,opaque,seen,refused = Flow(model),set(),set(),{}
-    names = {m: n for n,m in model.named_modules()}
+    opaque,refused = set(), {}
     with _lock:
+        while True:
+            flow = _trace_all(model, opaque, refused)
+            if not (more := _left_apart(flow, refused)): return flow
+            refused |= more
+            opaque |= {type(m) for m in more}
+
+def _trace_all(model, opaque, refused):
+    flow,seen = Flow(model), set()
+    names = {m: n for n,m in model.named_modules()}
+    for _ in (0,):
         for name,m in model.named_modules():
             if m in seen and type(m) not in opaque: continue
             if name and (type(m).forward is nn.Module.forward or known_layer(m) or plain_batchnorm(m)): continue

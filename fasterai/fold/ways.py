@@ -6,7 +6,7 @@
 __all__ = ['Pass', 'trace_ways']
 
 # %% ../../nbs/04_fold.ways.ipynb #a40c51dd
-import builtins,functools,gc,sys,threading,weakref
+import builtins,functools,gc,operator,sys,threading,weakref
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,7 +22,7 @@ from .code import KINDS_ASKED, MAX_WAYS, STATES, asked_for_none, is_state, readi
 from .flow import naming, values_in
 from .held import ATOMS, codes_in, held_in, own_attributes, package_of, random_state, same_random_state, untouched, young_garbage
 from .known import METADATA, MODULES, called_plainly, content_of, given_out, giver, is_number, known_layer, length_of, operations_in, plain_batchnorm, settings_of
-from .left import Left, held_by, read_of_others, written
+from .left import Left, Written, held_by, read, written
 from .standin import Impossible, Node, Number, Opaque, StandIn, Weight, asked_again, as_operation, is_instance, length, nodes_in, none_swallowed, package_of_frame, phi, type_of_any, OURS
 
 # %% ../../nbs/04_fold.ways.ipynb #1e5b1442
@@ -132,8 +132,8 @@ def ways(self:_Tracer, m, args, kwargs):
     if params and len(self.stack) > 1 and any(map(giver, given)): raise Opaque(m, 'it asks what kind of input it is given')
     self.prepare(read)
     outs,choices,ends = [],[],[]
-    names,changes = self.written_below(m)
-    before = Left(m, (args, kwargs), read.others) if names or changes else None
+    writes = self.written_below(m)
+    before = Left(m, (args, kwargs), read.others) if any(writes[:3]) else None
     while True:
         self.tries += 1
         if before and choices: before.put_back()
@@ -152,36 +152,37 @@ def ways(self:_Tracer, m, args, kwargs):
         choices[-1] = False
     if self.random and random_state() != self.random: raise Opaque(m, 'it draws random numbers')
     if len(outs) > 1: self.branched.add(self.names[m])
-    if ends: self.leave(m, before, ends, names)
+    if ends: self.leave(m, before, ends, writes)
     return self.merge(m, outs)
 
 @patch
-def leave(self:_Tracer, m, before, ends, names):
-    "Go on with what `m` leaves behind, if only it itself may ask for it; attributes with these `names` may be written, some of them where nobody sees it"
+def leave(self:_Tracer, m, before, ends, writes):
+    "Go on with what `m` leaves behind, if only it itself may ask for it; it may also write where nobody sees it"
     seen = {n for e in (before, *ends) for path in e.all_told for n in path}
-    self.asked_for(m, names - seen, False, set())
+    self.asked_for(m, Written(writes.own - seen, writes.others - seen))
     changed = {str(e.all_told): e for e in ends if e.all_told != before.all_told}
     if len(changed) > 1: raise Opaque(m, 'what it leaves behind depends on its way')
     for end in changed.values():
         end.put_back()
-        if any(e.all_told != end.all_told for e in ends): self.asked_for(m, *end.differing(before))
+        if any(e.all_told != end.all_told for e in ends):
+            names,given,held = end.differing(before)
+            self.asked_for(m, Written(names), given, held)
 
 @patch
-def asked_for(self:_Tracer, m, names, given, held):
-    "Another module may ask for what `m` leaves behind, one way or another: in attributes with these `names`, in what its caller gave it, or in containers that both hold, or have a name for"
+def asked_for(self:_Tracer, m, writes, given=False, held=frozenset()):
+    "Another module may ask for what `m` leaves behind, one way or another: in what it writes, in what its caller gave it, or in containers that both hold, or have a name for"
     if given and len(self.stack) > 1: raise Opaque(self.module(self.stack[-2]), f'it goes by what {naming(self.names[m])} leaves behind')
-    if self.readers is None: self.readers = [(o, read_of_others(o), {id(h) for h in held_by((*own_attributes(o), *self.read_of(o).others))}) for o in self.names]
+    if self.readers is None: self.readers = [(o, read(o), {id(h) for h in held_by((*own_attributes(o), *self.read_of(o).others))}) for o in self.names]
     inside = {*m.modules()}
-    for o,read,holds in self.readers:
-        if type(o) not in self.opaque and (names & read or o not in inside and held & holds): raise Opaque(o, f'it goes by what {naming(self.names[m])} leaves behind', alone=True)
+    for o,reads,holds in self.readers:
+        if type(o) not in self.opaque and (writes.met_by(reads) or o not in inside and held & holds): raise Opaque(o, f'it goes by what {naming(self.names[m])} leaves behind', alone=True)
 
 @patch
 def written_below(self:_Tracer, m):
-    "What `m`, and all the modules in it, may write: names of attributes; and do they change lists or dicts?"
+    "What `m`, and all the modules in it, may write"
     if m not in self.writing:
-        self.writing[m] = frozenset(), False # for one that holds itself
-        found = [written(m), *(self.written_below(o) for o in m._modules.values() if o is not None)]
-        self.writing[m] = frozenset().union(*(names for names,_ in found)), any(changes for _,changes in found)
+        self.writing[m] = Written() # for one that holds itself
+        self.writing[m] = functools.reduce(operator.or_, (self.written_below(o) for o in m._modules.values() if o is not None), written(m))
     return self.writing[m]
 
 @patch
@@ -219,9 +220,9 @@ def leaf(self:_Tracer, m, args, kwargs):
     out.node.training,out.node.settings,out.node.opaque = m.training,(m, settings_of(m)),opaque # now: the trace puts them back
     if opaque and len(self.stack) > 1:
         self.no_none(self.stack[-2])
-        names,changes = self.written_below(m)
-        held = {id(h) for o in m.modules() for h in held_by((*own_attributes(o),))} if changes else set()
-        self.asked_for(m, names, changes and bool(held_by((*args, *kwargs.values()))), held)
+        writes = self.written_below(m)
+        held = {id(h) for o in m.modules() for h in held_by((*own_attributes(o),))} if writes.changes else set()
+        self.asked_for(m, writes, writes.changes and bool(held_by((*args, *kwargs.values()))), held)
     return out
 
 @patch
@@ -333,7 +334,9 @@ def trace_ways(m, names, params, opaque, variant, random=None):
         ctx.enter_context(tracer.watching())
         call = lambda: (tracer.leaf if known_layer(m) else tracer.ways)(m, *_given(tracer, variant))
         with reads: out = [call()]
-        if memory := tracer.memory.changed(): # what it remembers of one call may decide another
+        memory = tracer.memory.changed()
+        tracer.wrote = bool(memory)
+        if memory: # what it remembers of one call may decide another
             before = [_held_now(o) for o,_ in memory]
             with reads: out.append(call())
             for o in (o for (o,_),b in zip(memory, before) if _held_now(o) != b): raise Opaque(_holder(m, o), 'it counts its calls')
