@@ -158,6 +158,7 @@ class Flow:
     ):
         self.model,self.calls,self.entries = model,[],[]
         self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.apart = set() # modules that may be called without the `nn.Sequential` that they are in
         self.looping = set() # modules that can't be followed, and do something as often as they are given something
         self.branches,self.undecided,self.askers = set(),set(),set() # modules that choose their way; those that may, and can't be followed; those that ask for a shape, and might
         self.traces = [] # what a symbolic trace needs to be done again

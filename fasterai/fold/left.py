@@ -14,13 +14,14 @@ from typing import NamedTuple
 
 from torch import Tensor, fx, nn
 
-from .code import functions_of, hook_functions, reading
+from .code import functions_of, hook_reading, reading
 from .held import ATOMS, NAMESPACES, OWN, behind, codes_in, content, held_in, instructions, is_record, own_attributes, package_of, put_back, reads_attribute, remembered, slots_of
 
 # %% ../../nbs/03_fold.left.ipynb #6d6c2877
 _kinds = (dict, list, set, deque)
 _changing = {'append', 'appendleft', 'extend', 'insert', 'add', 'update', 'setdefault', 'pop', 'popleft', 'popitem', 'remove', 'discard', 'clear', 'sort', 'reverse', '__setitem__', 'register_buffer'}
 _making = '__init__', '__new__', '__post_init__' # what these are given is new
+_setting = *_making, '__setitem__', '__delitem__', '__setattr__', '__delattr__' # who uses the operator changes it
 _silent = ('CACHE', 'PRECALL', 'KW_NAMES', 'NOP', 'EXTENDED_ARG', 'RESUME')
 
 class Written(NamedTuple):
@@ -74,6 +75,7 @@ def _written_by(f, is_own):
         for at,i in enumerate(code):
             if i.opname in ('STORE_ATTR', 'DELETE_ATTR') and not (is_self := _is_self(f, code[at-1])) & (f.__name__ in _making): (own if is_own and is_self else others).add(i.argval)
             if i.opname in ('STORE_GLOBAL', 'DELETE_GLOBAL') or i.opname == 'STORE_DEREF' and i.argval in f.__code__.co_freevars: others.add(i.argval)
+            if f.__name__ in _setting and (code[at-1].opname.startswith('CALL') or _is_self(f, code[at-1])): continue
             container,tensor = _changed_by(code, at)
             changes,fills = changes or container, fills or tensor
         if any(i.argval in ('setattr', '__setattr__', 'delattr') for i in code): others |= {i.argval for i in code if type(i.argval) is str and i.opname == 'LOAD_CONST'}
@@ -81,10 +83,11 @@ def _written_by(f, is_own):
 
 def written(
     m:nn.Module,
+    functions:list|None=None, # What its `forward` comes to, if more is known of that
 )->Written:
     "What the `forward` of `m` may write, its children's left out"
     if package_of(type(m)) == 'torch' and not (own_attributes(m) or m._forward_hooks or m._forward_pre_hooks): return Written() # it holds nobody's code
-    found = functools.reduce(operator.or_, (_written_by(f, f in _methods(type(m))) for f in (*functions_of(m), *hook_functions(m))), Written())
+    found = functools.reduce(operator.or_, (_written_by(f, f in _methods(type(m))) for f in (*(functions_of(m) if functions is None else functions), *hook_reading(m).functions)), Written())
     holding = [n for n,v in vars(m).items() if n not in OWN and found.changes and held_in(v, _kinds, but=(Tensor, type, nn.Module))]
     return found | Written(frozenset(holding))
 
@@ -119,7 +122,7 @@ def _in_sight(m):
     "What `m` holds, or its code has a name for, and all that this holds, as far as the code of `m` has names that lead there"
     names,seen = read(m).any, set()
     named = lambda o: [v for n,v in {**getattr(o, '__dict__', {}), **slots_of(o)}.items() if n in names and n not in OWN]
-    todo = [*named(m), *reading(m).others]
+    todo = [*named(m), *reading(m).others, *hook_reading(m).others]
     while todo:
         o = todo.pop()
         if id(o) in seen or type(o) in ATOMS: continue

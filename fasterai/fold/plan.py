@@ -257,7 +257,7 @@ def in_all_ways(
                 inside |= {m for c in way for v in ((c.args[0] if c is way[0] else None), *c.outs) if isinstance(v, Value) for m in through.get(v, ()) if under(m, shared)}
                 at = next((m for m in sorted(inside) if under(m, shared) and (m in symbolic.branches or m in undecided)), None)
                 if at is None and any(map(_happens, way)): at = shared
-                if at is None: at = next((m for m in sorted(inside & symbolic.looping) if not all(m in c.stack for c in way)), None) # one of several that it gives
+                if at is None: at = next((m for m in sorted(inside & (symbolic.looping | symbolic.apart)) if not all(m in c.stack for c in way)), None) # one of several that it gives
                 if at is None and unseen: at = shared
                 if at is not None: raise Stop(f'{naming(at)} chooses its way by its input, and not every way is known to allow it')
             return altered(row, alone=False)

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .carry import PARTS, RESHAPES
-from .choices import may_choose, may_loop
+from .choices import comes_to, may_choose, may_loop, taken_apart
 from .code import KINDS_ASKED, reading, variants
 from .flow import SHAPED_LIKE, Call, Entry, Flow, Value, mapped, naming, read_written_out, tensors_of, under, values_in
 from .held import held_in, uncollected
@@ -202,17 +202,18 @@ _lock = threading.RLock()
 def _left_apart(flow, refused):
     "The modules that may go by what another one leaves behind, where the two were not traced together, and why"
     names = {m: n for n,m in flow.model.named_modules()}
-    untraced = {m for m in names if names[m] in flow.failed or m._forward_hooks or m._forward_pre_hooks}
+    hooked = {m for m in names if m._forward_hooks or m._forward_pre_hooks}
+    untraced = {m for m in names if names[m] in flow.failed} | hooked
     if not untraced: return {}
     traced = [{flow.modules[name], *(flow.modules[stack[-1]] for stack,*_ in tracer.calls)} for name,_,tracer in flow.traces]
     seen_to_write = set().union(*(t for t,(*_,tracer) in zip(traced, flow.traces) if tracer.wrote))
-    writers,found = [(m, w, shared_by(m)) for m in names if any(w := written(m)) and (m in untraced | seen_to_write or w.others)], {}
+    writers,found = [(m, w, shared_by(m)) for m in names if any(w := written(m, comes_to(m))) and (m in untraced | seen_to_write or w.others)], {}
     for o in names if writers else ():
         if o in refused or names[o] in flow.failed: continue
         mine,reads,shared = [t for t in traced if o in t], read(o), shared_by(o)
         reached = {*held_in((o, *reading(o).others), nn.Module)}
         for m,writes,held in writers:
-            if m is o or all(m in t for t in mine): continue
+            if m not in hooked and (m is o or all(m in t for t in mine)): continue
             meets = writes.own & reads.others and m in reached or writes.others & reads.any or writes.changes and shared[0] & held[0] or writes.fills and shared[1] & held[1]
             if meets: found[o] = f'it goes by what {naming(names[m])} leaves behind'
     return found
@@ -231,15 +232,17 @@ def trace_flow(
             opaque |= {type(m) for m in more}
 
 def _trace_all(model, opaque, refused):
-    flow,seen = Flow(model), set()
+    flow,seen,apart = Flow(model), set(), set() # `apart`: what may be called without what it is in
     names = {m: n for n,m in model.named_modules()}
     for _ in (0,):
         for name,m in model.named_modules():
-            if m in seen and type(m) not in opaque: continue
+            if m in seen and type(m) not in opaque and m not in apart: continue
             if name and (type(m).forward is nn.Module.forward or known_layer(m) or plain_batchnorm(m)): continue
             if type(m).forward is nn.Sequential.forward and name and seen.issuperset(m) and not any(under(name, f) for f in flow.failed): continue # nobody calls it, but for what it holds
             seen.add(m)
             tracers = _trace_root(m, flow, names, opaque, refused)
+            if not tracers or m._forward_hooks or m._forward_pre_hooks: apart |= {*taken_apart(m)}
+            flow.apart |= {names[o] for o in apart}
             for tracer in tracers:
                 seen.update(flow.modules[stack[-1]] for stack,*_ in tracer.calls)
                 flow.branches |= tracer.branched
