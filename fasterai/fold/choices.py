@@ -6,9 +6,9 @@
 __all__ = ['may_choose', 'may_loop', 'comes_to', 'may_reach', 'taken_apart']
 
 # %% ../../nbs/03_fold.choices.ipynb #a43b6744
-import inspect,sys
+import dis,inspect,sys
 from collections.abc import Callable
-from types import FunctionType, MethodType
+from types import FunctionType, MethodType, ModuleType
 
 from torch import Tensor, nn
 
@@ -32,11 +32,13 @@ def _names_in(f):
     return {i.argval for code in instructions(f) for before,i in zip([None, *code], code) if isinstance(i.argval, str) and not of_global(before, i)}
 
 def _constant_name(code, at):
-    "The name that the `getattr` at `code[at]` asks for, if it is a constant: what is pushed before the call, or before a default"
-    call = next((n for n,i in enumerate(code[at:], at) if i.opname.startswith('CALL')), at)
-    pushed,n = [i for i in code[at+1:call] if i.opname not in ('PRECALL', 'PUSH_NULL')], code[call].arg
-    if n not in (2, 3) or len(pushed) < n or any('JUMP' in i.opname for i in pushed) or n == 3 and pushed[-1].opname not in ('LOAD_CONST', 'LOAD_FAST', 'LOAD_GLOBAL'): return None
-    return name.argval if (name := pushed[1-n]).opname == 'LOAD_CONST' and isinstance(name.argval, str) else None
+    "The name that the `getattr` at `code[at]` asks for, if it is a constant: what is pushed after the object"
+    height,name = 0,None
+    for i in code[at+1:]:
+        if i.opname.startswith(('PRECALL', 'CALL')) and i.arg == height and height in (2, 3): return name
+        if 'JUMP' in i.opname: return None
+        height += dis.stack_effect(i.opcode, i.arg, jump=False)
+        if height <= 2: name = i.argval if height == 2 and i.opname == 'LOAD_CONST' and isinstance(i.argval, str) else None
 
 def _own_functions(m):
     "Each of `m`'s own methods that its `forward` may come to, those of its bases up to PyTorch's own, and each function that it holds but for PyTorch's"
@@ -103,6 +105,7 @@ _of_tensors = _of_modules & {*dir(Tensor)} # `x.float()` is no matter, `self.flo
 _out_of_sight = {'vars', 'eval', 'exec', 'locals', 'globals', 'attrgetter', 'methodcaller', 'getmembers', '_getframe', 'currentframe', 'get_objects', 'get_referrers'}
 _iterating = {'enumerate', 'zip', 'iter', 'next', 'list', 'tuple', 'reversed', 'map', 'filter', 'sorted', 'min', 'max', 'reduce', 'chain'}
 _lists = nn.ModuleList, nn.ModuleDict, nn.Sequential
+def _is_torch(cls): return cls.__module__.startswith('torch.nn.')
 
 def _is_self(i, f): return i.opname.startswith(('LOAD_FAST', 'LOAD_DEREF')) and i.argval in f.__code__.co_varnames[:1]
 def _is_static(m, f): return any(isinstance(o, staticmethod) and f in _functions(o) for c in type(m).__mro__ for o in [vars(c).get(f.__name__)])
@@ -121,7 +124,9 @@ def _asks_one(code, at):
 def _goes_through(f, code, at):
     "Does the instruction get at what is inside of modules, whatever its name?"
     i = code[at]
-    if i.opname.startswith('LOAD_') and i.argval == 'getattr': return not (name := _constant_name(code, at)) or name in _of_modules
+    if i.opname.startswith('LOAD_') and i.argval == 'getattr':
+        of_python = code[at+1].opname == 'LOAD_GLOBAL' and isinstance(f.__globals__.get(code[at+1].argval), ModuleType) # `getattr(torch, name)`
+        return not of_python and (not (name := _constant_name(code, at)) or name in _of_modules - _of_tensors)
     if i.opname.startswith('LOAD_') and i.argval in _out_of_sight: return True
     return reads_attribute(i) and i.argval in _of_modules - _of_tensors and not (_asks_one(code, at) or _asks_where(f))
 
@@ -167,8 +172,10 @@ def _is_plain_fact(child, name):
 
 @remembered
 def _named(f):
-    "The names in a function, and the functions that it has names for"
-    return {*_names_in(f), *(o for o in named_in(f)[0].values() if isinstance(o, FunctionType))}
+    "The names in a function, the functions that it has names for, and those by which the classes make something"
+    held = named_in(f)[0].values()
+    making = (vars(c).get(n) for o in held if isinstance(o, type) and is_record(o) for c in o.__mro__ for n in ('__init__', '__new__', '__post_init__'))
+    return {*_names_in(f), *(o for o in (*held, *making) if isinstance(o, FunctionType))}
 
 def _values_read(m, of_self):
     "The names of the attributes of `m` whose value its code goes on with: it does more than to call it, or to ask whether it is there"
@@ -190,26 +197,28 @@ class _Uses:
         self.takes_out = any(_takes_out(i) or i.opname in ('GET_ITER', 'UNPACK_SEQUENCE', 'UNPACK_EX', 'LIST_EXTEND') for _,code in codes for i in code)
         self.goes_in = any(_goes_in(code, at, f.__code__.co_varnames[1:] if f.__name__ == 'forward' else ()) for f,code in codes for at in range(1, len(code)))
 
-    def inside(self, m, name, but=()):
-        "May they use what `m` has by this `name`? The methods in `but` do not"
+    def by_a_method(self, m, but=()):
+        "May they use what is inside of `m` by a method of its author's, other than those in `but`?"
         used = (getattr(type(m), n, None) for n in self.names if not hasattr(nn.Module, n))
-        return self.anything or name in self.names or any(isinstance(o, (FunctionType, property)) and o not in but for o in used)
+        return self.anything or not _is_torch(type(m)) and any(isinstance(o, (FunctionType, property)) and o not in but for o in used)
+
+    def inside(self, m, name):
+        "May they use what `m` has by this `name`?"
+        return name in self.names or self.by_a_method(m)
 
     def below(self, m, path, own):
-        "The same of all that is on the `path` from there; to take one out of a list is not to look into it"
-        at = ''
-        if self.takes_out and isinstance(m.get_submodule(path.rpartition('.')[0]), _lists): return True
-        for n in path.split('.'):
-            if self.inside(m.get_submodule(at), n, () if at else own): return True
-            at = f'{at}.{n}'.lstrip('.')
-        return False
+        "The same of what is at the end of a `path` from there; `m` itself has the methods `own`, whose code is known"
+        at,_,name = path.rpartition('.')
+        parents = [at.rsplit('.', n)[0] for n in range(at.count('.') + 1)] if at else []
+        if self.takes_out and isinstance(m.get_submodule(at), _lists): return True
+        return name in self.names or self.by_a_method(m, own) or any(self.by_a_method(m.get_submodule(p)) for p in parents)
 
 def comes_to(
     m:nn.Module,
 )->list: # Of functions
     "The methods of `m` that its `forward` may come to, and the functions to which they may give something, by their names. Operators have none"
     now,names,found = _own_functions(m), set(), {}
-    is_operator = lambda f: f.__name__.startswith('__') and f.__name__ not in _making
+    is_operator = lambda f: f.__name__.startswith('__') and f.__name__ not in {*_making, '__post_init__'}
     while now:
         found |= dict.fromkeys(now)
         names = names.union(*map(_named, now))
