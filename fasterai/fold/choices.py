@@ -149,7 +149,8 @@ def _goes_in(code, at, given=()):
     if o in ('GET_ITER', 'UNPACK_SEQUENCE', 'UNPACK_EX', 'LIST_EXTEND', 'SET_UPDATE'): return by.opname.startswith(('LOAD_FAST', 'LOAD_DEREF', 'BINARY_SUBSCR'))
     if o.startswith(('LOAD_FAST', 'LOAD_DEREF')) and code[at].argval not in given and not reads_attribute(code[at+1]):
         return next((i.argval for i in reversed(code[:at]) if i.opname.startswith(('LOAD_GLOBAL', 'CALL'))), '') in _iterating
-    return _takes_out(code[at]) and not (by.opname.startswith('LOAD_') and code[at-2].opname.startswith('LOAD_ATTR'))
+    of = code[at-2] # of what it is taken out, if it is done by something simple
+    return _takes_out(code[at]) and not (by.opname.startswith('LOAD_') and (of.opname.startswith('LOAD_ATTR') or of.opname.startswith('LOAD_FAST') and of.argval in given))
 
 def _calls_with_any(code, at):
     "Is what `code[at]` reads called with any number of arguments: `self.block(*args)`?"
@@ -232,8 +233,10 @@ class _Reach:
         of_self = [(f, code, at) for f in self.own if not (_is_static(m, f) or any(f is o for o in vars(m).values())) for code in instructions(f) for at,i in enumerate(code) if _is_self(i, f)]
         to = {_hands_over(*o) for o in of_self} - {None}
         self.anywhere = bool(replaced and getattr(replaced, '__self__', None) is not m or type(m).forward is nn.Module.forward or 'anyone' in to or _holds_inside(m) or _Uses(self.own).anything)
-        self.given = [_Uses(functions) for functions in (reading_behind([*to - {'anyone'}]).functions, hook_reading(m).functions) if functions] # they get `m` itself
-        self.uses,self.read,self.each = _Uses(comes_to(m)), _values_read(m, of_self), any(_goes_over(code, at) for _,code,at in of_self)
+        known,helpers = reading_behind([*to - {'anyone'}]).functions, comes_to(m)
+        known = [*known, *(f for f in helpers if f not in self.own)] if known else ()
+        self.given = [_Uses(functions) for functions in (known, hook_reading(m).functions) if functions] # they get `m` itself
+        self.uses,self.read,self.each = _Uses(helpers), _values_read(m, of_self), any(_goes_over(code, at) for _,code,at in of_self)
 
     def reaches(self, path):
         name,_,inside = path.partition('.')

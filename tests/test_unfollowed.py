@@ -1,0 +1,182 @@
+"What code that can't be followed may do besides calling its children: use what is inside of them, write what they ask for, take a Sequential apart."
+import copy, functools, operator, os, types, weakref
+
+import numpy as np, pytest, torch
+import torch.nn.functional as F
+from torch import nn
+
+from fasterai.misc.bn_folding import BN_Folder
+from helpers import randomise
+from test_ways import bn, conv
+
+small, large = (torch.randn(2, 4, n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (5, 9))
+
+
+class Net(nn.Module):
+    on = True
+    def __init__(self): super().__init__(); self.conv, self.bn = conv(), bn()
+    def asks(self): return True
+    def forward(self, x):
+        y = self.conv(x)
+        return self.bn(y) if self.asks() else y
+class Convolves(nn.Module):
+    def __init__(self): super().__init__(); self.conv = conv()
+    def forward(self, x): return self.conv(x)
+class Normalises(nn.Module):
+    def __init__(self): super().__init__(); self.bn = bn()
+    def forward(self, x): return self.bn(x)
+class Root(nn.Module):
+    "Can't be followed: it asks for a list. Its `other` way is that of a larger input"
+    other = lambda self, x: None
+    def __init__(self):
+        super().__init__()
+        self.net, self.seq, self.apart, self.nets = Net(), nn.Sequential(conv(), bn()), nn.Sequential(Convolves(), Normalises()), nn.ModuleList([nn.Sequential(Convolves(), Normalises()), Net()])
+    def usual(self, x): return self.nets[1](self.nets[0](self.apart(self.seq(self.net(x)))))
+    def forward(self, x):
+        if isinstance(x, list): x = x[0]
+        return self.other(x) if x.shape[-1] > 6 else self.usual(x)
+    def does2(self, x): return self.net.conv(x)
+
+
+def same_for_all(make, *, folds=None):
+    "Nothing changes at either size, folded with an example of either, or without one; a copy or in place"
+    for example in ((), (small,), (large,)):
+        model = randomise(make()).eval().double()
+        want = [model(x).clone() for x in (large, small)]
+        folder = BN_Folder()
+        new = folder.fold(copy.deepcopy(model), *example, inplace=True)
+        for x, y in zip((large, small), want): torch.testing.assert_close(new(x), y, rtol=1e-9, atol=1e-9)
+        if folds is not None and not example: assert folder.report.folded == folds
+
+
+get_conv = operator.attrgetter('net.conv')
+class Helper:
+    def __init__(self, m): self.m = m
+    def __call__(self, x): return self.m.net.conv(x)
+def helps(m, x): return m.net.conv(x)
+def takes(m, x):
+    for l in m.apart: return l(x)
+def first(l, x): return l[0](x)
+def by_loop(m, x):
+    for l in m.apart: return l(x)
+def by_unpacking(m, x):
+    a, *_ = m.seq
+    return a(x)
+def by_name(m, x): return m.alias(x)
+def by_local(m, x):
+    n = m
+    return n.net.conv(x)
+def by_match(m, x):
+    k = [m]
+    return k[0].net.conv(x)
+def by_copy(m, x):
+    n = copy.copy(m.net)
+    n.bn = nn.Identity()
+    return n(x)
+def by_training(m, x):
+    m.requires_grad_(False)
+    return m.net(x) + sum(p.sum() for p in m.net.conv.parameters())
+def by_two_loops(m, x):
+    for l in m.nets:
+        for k in l: return k(x)
+def by_enumerate(m, x):
+    for l in m.nets:
+        for _, k in enumerate(l): return k(x)
+
+others = dict(index=lambda m, x: m.seq[0](x), apart=lambda m, x: m.apart[0](x), slice=lambda m, x: m.seq[:1](x), loop=by_loop, unpacking=by_unpacking, getter=lambda m, x: get_conv(m)(x),
+              attrgetter=lambda m, x: operator.attrgetter('net.conv')(m)(x), eval=lambda m, x: eval('m.net.conv(x)'), helper=lambda m, x: Helper(m)(x), function=helps, takes=takes,
+              first=lambda m, x: first(m.nets[0], x), two_loops=by_two_loops, enumerated=by_enumerate, local=by_local, in_a_list=by_match, copied=by_copy, weights=by_training,
+              parameter=lambda m, x: F.conv2d(x, m.nets[1].get_parameter('conv.weight'), padding=1), functional=lambda m, x: F.conv2d(x, m.net.conv.weight, padding=1),
+              inherited=lambda m, x: m.does2(x), reduced=lambda m, x: functools.reduce(getattr, ['net', 'conv'], m)(x), mapped=lambda m, x: [*map(m.does2, [x])][0],
+              submodule=lambda m, x: m.get_submodule('net.conv')(x), dictionary=lambda m, x: m.__dict__['_modules']['net'].conv(x), next=lambda m, x: next(iter(m.seq))(x),
+              of_a_dict=lambda m, x: dict(m=m)['m'].net.conv(x), comprehension=lambda m, x: [l(x) for l in m.nets[0]][0], forward=lambda m, x: m.seq[0].forward(x))
+
+@pytest.mark.parametrize('name', others)
+def test_uses_what_is_inside(name): same_for_all(type('Uses', (Root,), dict(other=others[name])))
+
+
+def holds(where):
+    class Holds(Root):
+        def __init__(self): super().__init__(); where(self)
+        def other(self, x): return self.held()(x)
+    return Holds
+class ByClass(Root):
+    def __init__(self): super().__init__(); type(self).shared = [self.net]
+    def other(self, x): return self.shared[0].conv(x)
+def in_a_list(m): m.refs = [m.net]; m.held = types.MethodType(lambda self: self.refs[0].conv, m)
+def in_a_closure(m): net = m.net; m.held = lambda: net.conv
+def bound(m): f = m.net.conv.forward; m.held = lambda: f
+def weakly(m): ref = weakref.ref(m.net); m.held = lambda: ref().conv
+
+@pytest.mark.parametrize('make', [holds(in_a_list), holds(weakly), ByClass], ids=['list', 'weak', 'class'])
+def test_holds_a_module_by_another_name(make): same_for_all(make)
+
+
+def test_what_only_calls_its_children_folds():
+    "Also if it has a way of its own for another size"
+    class Calls(Root):
+        def other(self, x): return self.net(self.seq(x))
+    same_for_all(Calls, folds=5)
+    class WithAny(Root):
+        def other(self, x, *more): return self.net(x, *more)
+    same_for_all(WithAny, folds=4)
+
+
+FLAG, OPTS = True, dict(on=True)
+def cell():
+    on = True
+    def get(): return on
+    def put(v):
+        nonlocal on
+        on = v
+    return get, put
+get, put = cell()
+def set_global(m, v): global FLAG; FLAG = v
+class Record:
+    def __init__(self): self.on = True
+    def put(self, v): self.on = v
+class Setter:
+    def __init__(self, v): OPTS['on'] = v
+def by_class(m, v): Setter(v)
+def in_class(m, v): Net.on = v
+def in_dict(m, v): OPTS['on'] = v
+def in_environment(m, v): os.environ['FASTERAI_TEST'] = '1' if v else '0'
+def in_tensor(m, v): m.shared.fill_(float(v))
+def in_array(m, v): m.shared[0] = float(v)
+def in_namespace(m, v): m.shared.on = v
+def in_list(m, v): m.shared.clear(); m.shared.extend([] if v else [1])
+
+writes = {'a class': (in_class, lambda m: m.on, None), 'a global': (set_global, lambda m: FLAG, None), 'a cell': (lambda m, v: put(v), lambda m: get(), None),
+          'a dict': (in_dict, lambda m: OPTS['on'], None), 'by a class': (by_class, lambda m: OPTS['on'], None),
+          'the environment': (in_environment, lambda m: os.environ.get('FASTERAI_TEST', '1') == '1', None), 'a tensor': (in_tensor, lambda m: m.shared > 0, lambda: torch.tensor(1.)),
+          'an array': (in_array, lambda m: m.shared[0] > 0, lambda: np.ones(1)), 'a namespace': (in_namespace, lambda m: m.shared.on, lambda: types.SimpleNamespace(on=True)),
+          'a list': (in_list, lambda m: not m.shared, list), 'a record': (lambda m, v: m.shared.put(v), lambda m: m.shared.on, Record)}
+
+@pytest.mark.parametrize('hooked', [False, True])
+@pytest.mark.parametrize('name', writes)
+def test_writes_what_a_child_asks_for(name, hooked):
+    write, ask, shared = writes[name]
+    class Asks(Net):
+        def asks(self): return ask(self)
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = Asks()
+            if shared: self.shared = self.net.shared = shared()
+            if hooked: self.register_forward_pre_hook(lambda m, args: write(m, args[0].shape[-1] <= 6))
+        def forward(self, x):
+            if isinstance(x, list): x = x[0]
+            if not hooked: write(self, x.shape[-1] <= 6)
+            return self.net(x)
+    try: same_for_all(Writes)
+    finally: write(types.SimpleNamespace(shared=shared and shared()), True)
+
+
+def test_a_hook_of_the_whole_model_takes_another_way():
+    def hook(m, args, out): return m.net.conv(args[0]) if args[0].shape[-1] > 6 else out
+    def make():
+        m = nn.Sequential()
+        m.net = Net()
+        m.register_forward_hook(hook)
+        return m
+    same_for_all(make)
