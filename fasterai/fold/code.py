@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .held import codes_in, held_in, is_authors, named_in, own_attributes, reached, reads_attribute, remembered
+from .held import codes_in, held_in, is_authors, named_in, own_attributes, package_of, reached, reads_attribute, remembered
 
 # %% ../../nbs/02_fold.code.ipynb #19287171
 _autocasts = {'is_autocast_enabled', 'is_autocast_cpu_enabled', 'is_autocast_xla_enabled', 'is_autocast_ipu_enabled'}
@@ -211,8 +211,9 @@ def reading_behind(
 def hook_reading(
     m:nn.Module,
 )->Reading:
-    "The same of the hooks that run with the `forward` of `m`"
-    return reading_behind([*m._forward_hooks.values(), *m._forward_pre_hooks.values()])
+    "The same of the hooks that run with the `forward` of `m`. Those that fastai has itself only look at what goes in and comes out"
+    read = reading_behind([*m._forward_hooks.values(), *m._forward_pre_hooks.values()])
+    return read._replace(functions=tuple(f for f in read.functions if package_of(f) not in ('fastai', 'fastcore')))
 
 # %% ../../nbs/02_fold.code.ipynb #3ad83a2a
 def asked_for_none(

@@ -118,11 +118,11 @@ def held_by(
     "All that `o` holds things in, but for modules"
     return [h for c in held_in(o, object, but=(Tensor, type, nn.Module, fx.Proxy)) if (h := _holding(c)) is not None]
 
-def _in_sight(m):
-    "What `m` holds, or its code has a name for, and all that this holds, as far as the code of `m` has names that lead there"
+def _in_sight(m, others):
+    "What `m` holds, or its code has a name for, as it has for the `others`, and all that this holds, as far as the code of `m` has names that lead there"
     names,seen = read(m).any, set()
     named = lambda o: [v for n,v in {**getattr(o, '__dict__', {}), **slots_of(o)}.items() if n in names and n not in OWN]
-    todo = [*named(m), *reading(m).others, *hook_reading(m).others]
+    todo = [*named(m), *others]
     while todo:
         o = todo.pop()
         if id(o) in seen or type(o) in ATOMS: continue
@@ -132,10 +132,11 @@ def _in_sight(m):
 
 def shared_by(
     m:nn.Module,
+    hooked:bool=False, # With what its hooks have names for?
 )->tuple: # Of sets of `id`s: of containers; of tensors and arrays
     "What the code of `m` may use, that others who have it, too, can change"
     is_array = lambda o: issubclass(type(o), Tensor) and not isinstance(o, nn.Parameter) or type(o).__module__ == 'numpy' and hasattr(o, 'flags')
-    held = [*_in_sight(m)]
+    held = [*_in_sight(m, (*reading(m).others, *(hook_reading(m).others if hooked else ())))]
     return {id(o) for o in held if issubclass(type(o), (*_kinds, MutableMapping))}, {id(o) for o in held if is_array(o)}
 
 class Left:

@@ -207,7 +207,7 @@ def _left_apart(flow, refused):
     if not untraced: return {}
     traced = [{flow.modules[name], *(flow.modules[stack[-1]] for stack,*_ in tracer.calls)} for name,_,tracer in flow.traces]
     seen_to_write = set().union(*(t for t,(*_,tracer) in zip(traced, flow.traces) if tracer.wrote))
-    writers,found = [(m, w, shared_by(m)) for m in names if any(w := written(m, comes_to(m))) and (m in untraced | seen_to_write or w.others)], {}
+    writers,found = [(m, w, shared_by(m, hooked=True)) for m in names if any(w := written(m, comes_to(m))) and (m in untraced | seen_to_write or w.others)], {}
     for o in names if writers else ():
         if o in refused or names[o] in flow.failed: continue
         mine,reads,shared = [t for t in traced if o in t], read(o), shared_by(o)
