@@ -273,6 +273,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fasterai.fold.held._differs': ('fold.held.html#_differs', 'fasterai/fold/held.py'),
                                     'fasterai.fold.held._methods': ('fold.held.html#_methods', 'fasterai/fold/held.py'),
                                     'fasterai.fold.held._only_asked': ('fold.held.html#_only_asked', 'fasterai/fold/held.py'),
+                                    'fasterai.fold.held._parts': ('fold.held.html#_parts', 'fasterai/fold/held.py'),
                                     'fasterai.fold.held._shared_by': ('fold.held.html#_shared_by', 'fasterai/fold/held.py'),
                                     'fasterai.fold.held.afresh': ('fold.held.html#afresh', 'fasterai/fold/held.py'),
                                     'fasterai.fold.held.behind': ('fold.held.html#behind', 'fasterai/fold/held.py'),

@@ -122,11 +122,19 @@ def codes_in(
     "A function's code, and that of what is defined in it"
     return [code, *(c for o in code.co_consts if isinstance(o, CodeType) for c in codes_in(o))]
 
+def _parts(i):
+    "`LOAD_FAST_LOAD_FAST` and the like, since Python 3.13, as the two steps that it is"
+    if type(i.argval) is not tuple or '_FAST' not in i.opname: return [i]
+    borrowed = 'LOAD_FAST_BORROW' if 'BORROW' in i.opname else 'LOAD_FAST'
+    first = borrowed if i.opname.startswith('LOAD') else 'STORE_FAST'
+    second = 'STORE_FAST' if i.opname.endswith('STORE_FAST') else borrowed
+    return [i._replace(opname=o, opcode=dis.opmap[o], arg=0, argval=v) for o,v in zip((first, second), i.argval)]
+
 def instructions(
     f:FunctionType,
 )->list: # Of a list for each of its codes
     "What a function does, step by step, and what is defined in it"
-    return [[*dis.get_instructions(c)] for c in codes_in(f.__code__)]
+    return [[o for i in dis.get_instructions(c) for o in _parts(i)] for c in codes_in(f.__code__)]
 
 def _only_asked(code, at):
     "Is the class that is loaded at `code[at]` read for an attribute, or given to `isinstance`? It makes nothing there"
