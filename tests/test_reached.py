@@ -354,9 +354,11 @@ numbers_given = dict(
 
 
 @pytest.mark.parametrize('way', numbers_given)
-def test_a_caller_gives_numbers_to_operations(way):
+@pytest.mark.parametrize('followed', [True, False])
+def test_a_caller_gives_numbers_to_operations(way, followed):
     forward, kw = numbers_given[way]
     model = net(forward, conv=conv(), bn=bn(), wide=conv(8), few=conv(1), one=nn.Conv2d(4, 4, 1))
+    if not followed: model.counts = iter(())
     for given, other in (({}, kw), (kw, {})):
         new = BN_Folder().fold(model, x, **given)
         for more in (given, other):

@@ -1,5 +1,5 @@
 "What a `forward` may do on another call than the one that is seen: each was once folded, wrongly."
-import collections, functools, gc, math, weakref
+import collections, functools, gc, inspect, math, weakref
 
 import numpy as np, pytest, torch
 import torch.nn.functional as F
@@ -102,6 +102,71 @@ def by_method(m, x):
     return x
 
 
+def raw(f):
+    "A decorator that takes more than it shows"
+    @functools.wraps(f)
+    def wrapper(self, *args, **kw): return self.conv(*args) if kw.pop('raw', False) else f(self, *args, **kw)
+    return wrapper
+def switch(f):
+    @functools.wraps(f)
+    def wrapper(self, x, raw=False): return self.conv(x) if raw else f(self, x)
+    return wrapper
+def shown(f): f.__signature__ = inspect.signature(lambda self, x: x); return f
+def handed_on(f):
+    @functools.wraps(f)
+    def wrapper(*args, **kw): return f(*args, **kw)
+    return wrapper
+def hidden(m, x, raw=False): return m.conv(x) if raw else m.bn(m.conv(x))
+def plain(m, x): return m.bn(m.conv(x))
+def collecting(m, x, *_, **unused): return m.bn(m.conv(x))
+def by_the_local_names(m, x, **kw): return m.conv(x) if locals()['kw'].get('raw') else m.bn(m.conv(x))
+
+
+@pytest.mark.parametrize('forward', [raw(plain), switch(plain), raw(handed_on(plain)), handed_on(switch(plain)), shown(hidden), handed_on(hidden), by_the_local_names])
+def test_what_a_decorator_takes(forward):
+    for example in ((), (x,)):
+        model, folder = pair(forward), BN_Folder()
+        new = folder.fold(model, *example)
+        for kw in ({}, dict(raw=True)): assert difference(run(model, (x,), kw), run(new, (x,), kw)).relative < 1e-12
+
+
+@pytest.mark.parametrize('forward', [handed_on(plain), torch.no_grad()(plain), handed_on(handed_on(collecting)), collecting])
+def test_what_a_forward_collects_and_nobody_looks_at(forward):
+    for example in (True, False): assert fold(pair(forward), x, example=example)[1].folded == 1
+
+
+def of_a_list_or_not(m, x): return m.bn(m.conv(x[0] if isinstance(x, (list, tuple)) else x))
+def of_one_or_more(m, x): return m.bn(m.conv(torch.cat(x) if not torch.is_tensor(x) else x))
+def sum_of_two(m, x):
+    x, more = x if isinstance(x, tuple) else (x, None)
+    y = m.conv(x)
+    return m.bn(y if more is None else y + more)
+
+
+@pytest.mark.parametrize('forward, folds', [(of_a_list_or_not, True), (of_one_or_more, True), (sum_of_two, False)])
+def test_a_list_instead_of_a_tensor(forward, folds):
+    for example in ((), (x,)): assert folded(pair(forward), example, [(x,), ((x, x),)]).folded == folds
+
+
+act, drop = nn.ReLU(), nn.Dropout(1.) # in training mode
+net_outside = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).double()
+def hooked(m, x):
+    s = nn.Sequential(m.conv, nn.ReLU())
+    s.register_forward_hook(lambda m, i, o: o*2)
+    return m.bn(s(x))
+
+
+@pytest.mark.parametrize('forward, folds', [
+    (lambda m, x: nn.Sequential(m.conv, m.bn)(x), 1), (lambda m, x: nn.ReLU()(m.bn(m.conv(x))), 1), (lambda m, x: act(m.bn(m.conv(x))), 1),
+    (lambda m, x: m.bn(nn.AvgPool2d(2)(m.conv(x))), 1), (lambda m, x: m.net[2:](m.net[:2](x)), 2), (lambda m, x: m.bn(m.conv(nn.Upsample(size=x.shape[2:])(F.max_pool2d(x, 2)))), 1),
+    (lambda m, x: m.bn(act(m.conv(x))), 0), (lambda m, x: m.bn(nn.AvgPool2d(3, padding=1)(m.conv(x))), 0), (lambda m, x: (m.net[:1](x), m.net[:2](x)), 1),
+    (lambda m, x: m.bn(drop(m.conv(x))), 0), (lambda m, x: m.bn(net_outside(m.conv(x))), 0), (hooked, 0)])
+def test_modules_that_are_no_part_of_the_model(forward, folds):
+    for example in (True, False):
+        model = net(forward, **(dict(net=nn.Sequential(conv(), bn(), conv(), bn())) if 'net' in forward.__code__.co_names else dict(conv=conv(), bn=bn())))
+        assert fold(model, x, example=example)[1].folded == folds
+
+
 @pytest.mark.parametrize('forward', [by_index, by_slice, by_method])
 def test_what_a_list_holds_is_reached_into(forward):
     model = net(forward, seqs=nn.ModuleList([nn.Sequential(conv(), bn())]), blocks=nn.ModuleList([net(lambda m, x: m.bn(m.conv(x)), Features, conv=conv(), bn=bn())]))
@@ -131,7 +196,7 @@ def test_nothing_holds_a_model_that_was_traced():
 class Author(nn.Module):
     "Has methods that its `forward` never comes to, as those of libraries have"
     def __init__(self): super().__init__(); self.encoder = nn.Sequential(conv(), bn()); self.kind = None
-    def forward(self, x, **kw): return self.scaled(self.encoder(x))*getattr(self, 'factor', 1)
+    def forward(self, x, **kw): return self.scaled(self.encoder(x, **kw))*getattr(self, 'factor', 1)
     @staticmethod
     def scaled(x): return by_far(x)
     def fuse(self): return [m for m in self.modules()], self.encoder[0].weight
@@ -281,7 +346,7 @@ class Stages(nn.Module):
 class Library(nn.Module):
     "As the models of transformers are: any keywords, a class of its own for what it gives"
     def __init__(self): super().__init__(); self.encoder = Stages()
-    def forward(self, x, all_of_them=None, **kw): return self.encoder(x, all_of_them=all_of_them if all_of_them is not None else False)
+    def forward(self, x, all_of_them=None, **kw): return self.encoder(x, all_of_them=all_of_them if all_of_them is not None else False, **kw)
 
 
 class Padded(nn.Module):
@@ -296,9 +361,9 @@ class Padded(nn.Module):
 def test_a_child_that_was_followed_in_a_parent_that_was_not():
     class Any(nn.Module):
         def __init__(self): super().__init__(); self.stem = Padded()
-        def forward(self, x, **kw): return self.stem(x).relu()
+        def forward(self, x, **kw): return self.stem(x, **kw).relu()
     class Reaches(Any):
-        def forward(self, x, **kw): return self.stem(x) if x.mean() < 0 else self.stem.conv(x)
+        def forward(self, x, **kw): return self.stem(x, **kw) if x.mean() < 0 else self.stem.conv(x)
     assert folded(randomise(Any()), (x,), [(x,), (odd,)]).folded == 1
     assert not folded(randomise(Reaches()), (x,), [(x,), (-x,), (odd,)]).folded
 

@@ -12,7 +12,7 @@ from types import FunctionType, MethodType, ModuleType
 
 from torch import Tensor, nn
 
-from .code import asks_kinds, functions_of, hook_reading, reading, reading_behind
+from .code import asks_kinds, functions_of, hook_reading, parameters, reading, reading_behind
 from .held import OWN, behind, held_in, instructions, is_authors, is_record, named_in, package_of, reads_attribute, remembered
 from .known import METADATA
 
@@ -86,8 +86,7 @@ def may_choose(
     of_kinds:bool=False, # Can't it be followed because it asks what is the same for every tensor? A function, not a method, that asks it then makes no other choice
 )->bool:
     "Is there an `if` in the code of `m`, or anything else that chooses? An argument that may be left out is given to something, and another may be"
-    ps = [*inspect.signature(m.forward).parameters.values()]
-    if any(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in ps): return True
+    if any(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters(type(m).forward)): return True
     functions,own = functions_of(m), _own_functions(m) if of_kinds else ()
     if of_kinds: functions = [f for f in functions if f in own or not (asks_kinds(f) or package_of(f) == 'functools')]
     return any(_chooses(code, at, [c for c in codes if c is not code]) for f in functions for codes in [instructions(f)] for code in codes for at in range(len(code)))

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['STATES', 'KINDS_ASKED', 'MAX_WAYS', 'is_state', 'asks_kinds', 'Reading', 'reading', 'functions_of', 'reading_behind',
-           'hook_reading', 'asked_for_none', 'variants', 'was_raised', 'unpacked', 'is_message']
+           'hook_reading', 'asked_for_none', 'parameters', 'variants', 'was_raised', 'unpacked', 'is_message']
 
 # %% ../../nbs/02_fold.code.ipynb #f88cad2c
 import builtins,dis,functools,inspect,operator,random,sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from itertools import product
 from math import prod
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .held import codes_in, held_in, is_authors, named_in, own_attributes, package_of, reached, reads_attribute, remembered
+from .held import codes_in, held_in, instructions, is_authors, named_in, own_attributes, package_of, reached, reads_attribute, remembered
 
 # %% ../../nbs/02_fold.code.ipynb #19287171
 _autocasts = {'is_autocast_enabled', 'is_autocast_cpu_enabled', 'is_autocast_xla_enabled', 'is_autocast_ipu_enabled'}
@@ -247,6 +247,31 @@ def _compared_with_none(c):
     return by_is + [before for before,i in zip(code, code[1:]) if i.opname.startswith('POP_JUMP') and 'NONE' in i.opname]
 
 # %% ../../nbs/02_fold.code.ipynb #ee9aad89
+_collecting = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD # `*args`, `**kwargs`
+_handing_on = 'LIST_EXTEND', 'LIST_TO_TUPLE', 'CALL_INTRINSIC_1', 'BUILD_MAP', 'DICT_MERGE', 'LOAD_FAST', 'LOAD_CONST', 'PUSH_NULL', 'CACHE' # what stands before a call with them
+
+def _uses(f, name): return [(code, at) for code in instructions(f) for at,i in enumerate(code) if i.argval in (name, 'locals')]
+
+def _only_hands_on(f, collected):
+    "Does `f` wrap another function, and do nothing with what it has `collected` but to call that one?"
+    wrapped = next((n for n,o in named_in(f)[0].items() if o is getattr(f, '__wrapped__', f)), None)
+    called = [sum(i.opname == 'CALL_FUNCTION_EX' for i in code) - sum(i.argval == wrapped and i.opname.startswith('LOAD_') for i in code) for code in instructions(f)]
+    to_call = lambda code, at: next(i for i in code[at+1:] if not i.opname.startswith(_handing_on)).opname == 'CALL_FUNCTION_EX'
+    return bool(wrapped) and not any(called) and all(to_call(*use) for p in collected for use in _uses(f, p.name))
+
+@remembered
+def parameters(
+    f:Callable, # A `forward`, as a class has it
+)->tuple: # Of `inspect.Parameter`s
+    "What `f` may be given but for `self`, whatever a decorator says; without what it collects (`*args`, `**kwargs`) and doesn't look at"
+    if not isinstance(f, FunctionType): return tuple(inspect.signature(f).parameters.values())[1:]
+    bare = FunctionType(f.__code__, f.__globals__, f.__name__, f.__defaults__, f.__closure__) # with no `__signature__` that says something else
+    bare.__kwdefaults__ = f.__kwdefaults__
+    ps = inspect.signature(bare).parameters.values()
+    collected = [p for p in ps if p.kind in _collecting and _uses(f, p.name)]
+    if collected and all(p in collected or p.default is p.empty for p in ps) and _only_hands_on(f, collected): return parameters(f.__wrapped__)
+    return tuple(p for n,p in enumerate(ps) if p in collected or p.kind not in _collecting and n)
+
 MAX_WAYS = 32 # that are gone through
 
 def _options(p, asked):
@@ -259,8 +284,8 @@ def variants(
     m:nn.Module,
 )->list: # Of lists of (parameter, 'stand-in', 'default' or a value)
     "Ways to call `m.forward`. Raises `NotImplementedError` where there is no end of them"
-    ps = [*inspect.signature(type(m).forward).parameters.values()][1:]
-    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in ps): raise NotImplementedError('it takes any number of arguments')
+    ps = parameters(type(m).forward)
+    if any(p.kind in _collecting for p in ps): raise NotImplementedError('it takes any number of arguments')
     asked,_ = asked_for_none(m, reading(m))
     options = [_options(p, p.name in asked) for p in ps]
     if prod(map(len, options)) > MAX_WAYS: raise NotImplementedError('it has too many optional arguments')

@@ -220,10 +220,16 @@ def best(self:Finder, row, calls, sides, confirm):
 
 # %% ../../nbs/06_fold.plan.ipynb #1239bf76
 def _involved(way):
-    "The modules within which the calls of `way` run, and the innermost one that holds them all"
+    "The modules within which the calls of `way` run, those of them that are below the innermost one that holds them all, and that one"
     stacks = [c.stack for c in way]
     shared = [s for i,s in enumerate(stacks[0]) if all(t[i:i+1] == (s,) for t in stacks)]
-    return {m for t in stacks for m in t}, shared[-1] if shared else ''
+    return {m for t in stacks for m in t}, {m for t in stacks for m in t[len(shared):]}, shared[-1] if shared else ''
+
+def _callers(flow):
+    "By whom each module is called, by its name"
+    found = {}
+    for e in flow.entries: found.setdefault(e.name, set()).add(e.stack[-2:])
+    return found
 
 def _happens(call): return call.op == 'squeeze' or call.op == 'add' and any(type(a) in (int, float) and a == 0 for a in call.args) # a size is one, a number is zero
 
@@ -238,7 +244,7 @@ def in_all_ways(
     for e in flow.entries:
         for v in (*e.args, *e.outs): through.setdefault(v, set()).add(e.name)
     callers = lambda f, weight: {c.stack[-2:] for c in f.params[weight].readers}
-    runs = lambda f, name: {e.stack[-2:] for e in f.entries if e.name == name}
+    runs = {f: _callers(f) for f in (flow, symbolic)}
     more = lambda traced, run: {s for s in traced - run if len(s) > 1 or s[0] not in {r[-1] for r in run}} # one that was traced by itself says nothing of its caller
     undecided = flow.branches | symbolic.undecided | (flow.askers & symbolic.failed.keys())
     unfollowed = symbolic.unknown.keys() | {''}
@@ -247,13 +253,14 @@ def in_all_ways(
         def check(row, ways):
             if name in odd: raise Stop('it does not always use its running statistics')
             called = {a.layer: more(callers(symbolic, a.weight), callers(flow, a.weight)) for a in row.absorbs}
-            for n in filter(None, (row.through, row.joins and row.name)): called[n] = more(runs(symbolic, n), runs(flow, n))
+            below = {m for way in ways for m in _involved(way)[1]} # that are to be called by nobody else
+            for n in {*filter(None, (row.through, row.joins and row.name)), *below} - called.keys(): called[n] = more(runs[symbolic].get(n, set()), runs[flow].get(n, set()))
             for layer,others in called.items():
                 if others: raise Stop(f'{naming(layer)} is also called by {naming(min(others)[0])}, in another way than this run took')
             if name in rows and rows[name].folded and parts(rows[name]) == parts(row): return altered(row, alone=rows[name].alone)
-            unseen = row.module not in unfollowed and not runs(symbolic, row.module) # the code was followed, and did not go where the run went
+            unseen = row.module not in unfollowed and row.module not in runs[symbolic] # the code was followed, and did not go where the run went
             for way in ways:
-                inside,shared = _involved(way)
+                inside,_,shared = _involved(way)
                 inside |= {m for c in way for v in ((c.args[0] if c is way[0] else None), *c.outs) if isinstance(v, Value) for m in through.get(v, ()) if under(m, shared)}
                 at = next((m for m in sorted(inside) if under(m, shared) and (m in symbolic.branches or m in undecided)), None)
                 if at is None and any(map(_happens, way)): at = shared

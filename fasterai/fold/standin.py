@@ -127,8 +127,7 @@ def is_instance(o, kind, isinstance=isinstance):
     if issubclass(type(o), Weight): return isinstance(o.held, kind)
     if not issubclass(type(o), Number): o = o.tracer.proxy(o.node) # an attribute of one
     if not issubclass(type(o), StandIn): return foreign and any([issubclass(t, kind) for t in types_of(o.node)]) and (type_of(o.node) is not None or o._no())
-    if foreign and is_given(o.node): raise Opaque(o.tracer.here(), 'it asks what kind of input it is given')
-    if foreign and not issubclass(Tensor, kind) and gives_several(o.node): return o.tracer.to_bool(o) # it may be: both ways are gone
+    if foreign and (is_given(o.node) or not issubclass(Tensor, kind) and gives_several(o.node)): return o.tracer.to_bool(o) # it may be: both ways are gone
     return issubclass(Tensor, kind)
 
 def length(o):

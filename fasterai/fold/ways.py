@@ -48,6 +48,7 @@ class _Tracer(fx.proxy.TracerBase):
         self.read,self.branched,self.decided = set(),set(),[] # parameters; modules with several ways; the values that chose
         self.proxies,self.made = {},[] # stand-ins: of parameters, and all
         self.readings,self.prepared,self.memory,self.patched = {},set(),None,[]
+        self.modules_made = weakref.WeakSet() # by a `forward`
         self.writing,self.readers = {},None # what each module may write; what each may read of another
 
     def module(self, name): return next(m for m,n in self.names.items() if n == name)
@@ -200,7 +201,9 @@ def merge(self:_Tracer, m, outs):
 # %% ../../nbs/04_fold.ways.ipynb #9642eb0e
 @patch
 def call_module(self:_Tracer, m, args, kwargs):
-    if m not in self.names: raise Opaque(self.here(), f'it calls a {type(m).__name__} that is no part of the model', choice=False)
+    if m not in self.names:
+        if not self.is_passing(m): raise Opaque(self.here(), f'it calls a {type(m).__name__} that is no part of the model', choice=False)
+        return m.forward(*args, **kwargs)
     if type(m) not in self.opaque and not called_plainly(m): raise Opaque(m, 'it has a `__call__` of its own')
     self.stack.append(self.names[m])
     at = len(self.nodes)
@@ -211,6 +214,13 @@ def call_module(self:_Tracer, m, args, kwargs):
         self.calls.append((tuple(self.stack), given, made, one, at))
         return out
     finally: self.stack.pop()
+
+@patch
+def is_passing(self:_Tracer, m):
+    "Is `m`, which is no part of the model, a Sequential made just now, or one of PyTorch's that holds nothing?"
+    plain = called_plainly(m) and 'forward' not in vars(m) and not (m._forward_hooks or m._forward_pre_hooks)
+    made = type(m).forward is nn.Sequential.forward and m in self.modules_made
+    return plain and (made or package_of(type(m)) == 'torch' and not (m._modules or m._parameters or m._buffers))
 
 @patch
 def leaf(self:_Tracer, m, args, kwargs):
@@ -273,19 +283,22 @@ def prepare(self:_Tracer, read):
 @patch
 @contextmanager
 def watching(self:_Tracer):
-    "Divert this thread's module calls and parameter reads; other threads pass through"
-    call,get,is_ = nn.Module.__call__, nn.Module.__getattr__, builtins.isinstance
+    "Divert this thread's module calls and parameter reads, and see which modules it makes; other threads pass through"
+    call,get,init,is_ = nn.Module.__call__, nn.Module.__getattr__, nn.Module.__init__, builtins.isinstance
     mine = lambda: threading.get_ident() == self.thread
     def __call__(m, *args, **kwargs): return self.call_module(m, args, kwargs) if mine() else call(m, *args, **kwargs)
     def __getattr__(m, name):
         value = get(m, name)
         return self.stand_in(value) if issubclass(type(value), Tensor) and mine() else value
-    nn.Module.__call__,nn.Module.__getattr__,builtins.isinstance = __call__,__getattr__,is_instance
+    def __init__(m, *args, **kwargs):
+        if mine(): self.modules_made.add(m)
+        init(m, *args, **kwargs)
+    nn.Module.__call__,nn.Module.__getattr__,nn.Module.__init__,builtins.isinstance = __call__,__getattr__,__init__,is_instance
     for name in MODULES & sys.modules.keys(): self.put(vars(sys.modules[name]))
     for space,asks in ((vars(sys.modules[n]), asks) for n,asks in STATES.items() if n in sys.modules): self.put(space, {n: self.state(space[n]) for n in asks if n in space})
     try: yield
     finally:
-        nn.Module.__call__,nn.Module.__getattr__,builtins.isinstance = call,get,is_
+        nn.Module.__call__,nn.Module.__getattr__,nn.Module.__init__,builtins.isinstance = call,get,init,is_
         for space,name,was in self.patched:
             if was is None: del space[name]
             else: space[name] = was
