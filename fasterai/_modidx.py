@@ -662,6 +662,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fasterai.fold.ways._given': ('fold.ways.html#_given', 'fasterai/fold/ways.py'),
                                     'fasterai.fold.ways._held_now': ('fold.ways.html#_held_now', 'fasterai/fold/ways.py'),
                                     'fasterai.fold.ways._holder': ('fold.ways.html#_holder', 'fasterai/fold/ways.py'),
+                                    'fasterai.fold.ways._writes': ('fold.ways.html#_writes', 'fasterai/fold/ways.py'),
                                     'fasterai.fold.ways.trace_ways': ('fold.ways.html#trace_ways', 'fasterai/fold/ways.py')},
             'fasterai.misc.bn_folding': { 'fasterai.misc.bn_folding.BN_Folder': ( 'misc.bn_folding.html#bn_folder',
                                                                                   'fasterai/misc/bn_folding.py'),

@@ -1,5 +1,5 @@
 "What code that can't be followed may do besides calling its children: use what is inside of them, write what they ask for, take a Sequential apart."
-import copy, functools, operator, os, types, weakref
+import copy, functools, itertools, operator, os, types, weakref
 
 import numpy as np, pytest, torch
 import torch.nn.functional as F
@@ -26,27 +26,28 @@ class Normalises(nn.Module):
     def __init__(self): super().__init__(); self.bn = bn()
     def forward(self, x): return self.bn(x)
 class Root(nn.Module):
-    "Can't be followed: it asks for a list. Its `other` way is that of a larger input"
-    other = lambda self, x: None
+    "Can't be followed, if it is not `followed`: it asks for a list. Its `other` way is that of a larger input"
+    other,followed = lambda self, x: None, False
     def __init__(self):
         super().__init__()
         self.net, self.seq, self.apart, self.nets = Net(), nn.Sequential(conv(), bn()), nn.Sequential(Convolves(), Normalises()), nn.ModuleList([nn.Sequential(Convolves(), Normalises()), Net()])
     def usual(self, x): return self.nets[1](self.nets[0](self.apart(self.seq(self.net(x)))))
     def forward(self, x):
-        if isinstance(x, list): x = x[0]
+        if not self.followed and type(x) is list: x = x[0]
         return self.other(x) if x.shape[-1] > 6 else self.usual(x)
     def does2(self, x): return self.net.conv(x)
 
 
 def same_for_all(make, *, folds=None):
     "Nothing changes at either size, folded with an example of either, or without one; a copy or in place"
-    for example in ((), (small,), (large,)):
+    for example, followed in itertools.product([(), (small,), (large,)], [False, True]):
         model = randomise(make()).eval().double()
+        model.followed = followed
         want = [model(x).clone() for x in (large, small)]
         folder = BN_Folder()
         new = folder.fold(copy.deepcopy(model), *example, inplace=True)
         for x, y in zip((large, small), want): torch.testing.assert_close(new(x), y, rtol=1e-9, atol=1e-9)
-        if folds is not None and not example: assert folder.report.folded == folds
+        if folds is not None and not (example or followed): assert folder.report.folded == folds
 
 
 get_conv = operator.attrgetter('net.conv')

@@ -65,6 +65,7 @@ def _changed_by(code, at):
         if _is_made_here(code, _maker(code, at, 1)): return False, False
         return not code[at-1].opname.startswith('BUILD_'), type(code[at-1].argval) is not str
     if i.opname.startswith('INPLACE_') or i.opname == 'BINARY_OP' and i.argrepr.endswith('='): return bool((left := _maker(code, at, 1)) and reads_attribute(left)), True
+    if i.opname == 'STORE_ATTR': return False, i.argval in ('data', 'real', 'imag', 'flat')
     if not reads_attribute(i): return False, False
     return i.argval in _changing and not _is_made_here(code, code[at-1]), i.argval.endswith('_') and not i.argval.startswith('_')
 

@@ -252,11 +252,11 @@ def in_all_ways(
     def of(name):
         def check(row, ways):
             if name in odd: raise Stop('it does not always use its running statistics')
-            called = {a.layer: more(callers(symbolic, a.weight), callers(flow, a.weight)) for a in row.absorbs}
-            below = {m for way in ways for m in _involved(way)[1]} # that are to be called by nobody else
-            for n in {*filter(None, (row.through, row.joins and row.name)), *below} - called.keys(): called[n] = more(runs[symbolic].get(n, set()), runs[flow].get(n, set()))
-            for layer,others in called.items():
-                if others: raise Stop(f'{naming(layer)} is also called by {naming(min(others)[0])}, in another way than this run took')
+            for n in filter(None, (*row.stats, *(n for a in row.absorbs for n in (a.weight, a.bias)))):
+                if other := symbolic.params[n].outside or min((naming(s[0]) for s in more(callers(symbolic, n), callers(flow, n))), default=''): raise Stop(f'`{n}` is also read by {other}, in another way than this run took')
+            private = {m for way in ways for m in _involved(way)[1]} # nobody else is to call
+            for n in sorted({*filter(None, (row.through, row.joins and row.name)), *private}):
+                if others := more(runs[symbolic].get(n, set()), runs[flow].get(n, set())): raise Stop(f'{naming(n)} is also called by {naming(min(others)[0])}, in another way than this run took')
             if name in rows and rows[name].folded and parts(rows[name]) == parts(row): return altered(row, alone=rows[name].alone)
             unseen = row.module not in unfollowed and row.module not in runs[symbolic] # the code was followed, and did not go where the run went
             for way in ways:

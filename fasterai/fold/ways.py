@@ -304,6 +304,8 @@ def watching(self:_Tracer):
             else: space[name] = was
 
 # %% ../../nbs/04_fold.ways.ipynb #bc4c3a19
+def _writes(name): return name.endswith('_') and not name.endswith('__') or name.startswith('__i') or name in ('__setitem__', '__set__')
+
 class _Reads(TorchFunctionMode):
     "Notes the parameters that are computed with outside of the traced calls, and undoes what is written"
     def __init__(self, tracer): super().__init__(); self.tracer,self.saved = tracer,{}
@@ -314,8 +316,10 @@ class _Reads(TorchFunctionMode):
         tensors = [t for t in values_in([args, kwargs], Tensor) if not issubclass(type(t), fx.Proxy)]
         if name.startswith(('rand', 'bernoulli', 'multinomial', 'normal')) and not values_in([args, kwargs], fx.Proxy): raise Opaque(self.tracer.here(), 'it draws random numbers')
         if name not in METADATA: self.tracer.read.update(self.tracer.params[t] for t in tensors if t in self.tracer.params)
-        if tensors and (name.endswith('_') and not name.endswith('__') or name.startswith('__i') or name == '__setitem__'):
-            self.saved.setdefault(id(tensors[0]), (tensors[0], tensors[0].detach().clone()))
+        into = kwargs.get('out', args[0] if args and _writes(name) else None)
+        if issubclass(type(into), Tensor) and not issubclass(type(into), fx.Proxy):
+            if values_in([args, kwargs], fx.Proxy): raise Opaque(self.tracer.here(), 'it keeps what it computed')
+            self.saved.setdefault(id(into), (into, into.detach().clone()))
         return func(*args, **kwargs)
 
     def restore(self):
