@@ -44,6 +44,19 @@ def _is_sure(v, d):
     "Has axis `d` of `v` this size whatever the sizes of the model's input?"
     return v.sure is None or v.sure[d] is not None
 
+def _settled(sizes, what):
+    "Sizes that are merged, each with whether it is sure and whether the label differs along it: a layer takes so many numbers in all, from which one that is not sure follows, but not two with something that differs between them"
+    unsure,still = [],False
+    for sure,differs in sizes:
+        if still and not differs: unsure[-1] |= not sure
+        else: unsure.append(not sure)
+        still = not differs
+    if sum(unsure) > 1 and any(differs for _,differs in sizes): raise Stop(f'`{what}` has room for more than the example had')
+
+def _settled_run(call, label, at, n):
+    "The same of `n` axes of what `call` is given, whose label this is"
+    _settled([(_is_sure(call.args[0], d), label.shape[d] > 1) for d in range(at, at+n)], call.op)
+
 def _axis(label, d):
     if not isinstance(d, int): raise Unknown('an axis on the way is not known')
     return d % label.dim()
@@ -104,7 +117,7 @@ _unary('pad', _pad, _pad)
 
 def _mean_axes(call, rank):
     dims = _arg(call, 1, 'dim')
-    if dims is None or call.kwargs.get('dtype') is not None: raise Stop('`mean` is taken over everything')
+    if dims is None or dims in ((), []) or call.kwargs.get('dtype') is not None: raise Stop('`mean` is taken over everything')
     return sorted(d % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims])), _arg(call, 2, 'keepdim', False)
 
 def _mean_down(call, label):
@@ -177,12 +190,18 @@ def _reshape(call, label, old, new, up):
     if prod(old) != prod(new): raise Stop(f'`{call.op}` reads its numbers as others')
     full,small = [],[]
     at = 0
-    for a,b in _groups(old, new):
+    runs = [*_groups(old, new)]
+    for a,b in runs:
         varies = any(n > 1 for n in label.shape[at:at+len(a)])
         full += a if varies else (1,)*len(a)
         small += b if varies else (1,)*len(b)
         at += len(a)
-    return shrink(label.expand(full).reshape(small))
+    out = shrink(label.expand(full).reshape(small))
+    at = 0
+    for run in ((b if up else a) for a,b in runs):
+        _settled_run(call, out if up else label, at, len(run))
+        at += len(run)
+    return out
 
 RESHAPES = _unary('view reshape unflatten _unsafe_view view_as reshape_as',
        lambda call,label: _reshape(call, label, call.args[0].shape, call.outs[0].shape, False),
@@ -193,6 +212,7 @@ def _flat(call, rank): return (_arg(call, i, n, d) % rank for i,n,d in ((1, 'sta
 def _flatten_down(call, label):
     start,end = _flat(call, label.dim())
     shape = [*label.shape]
+    _settled_run(call, label, start, end-start+1)
     if any(n > 1 for n in shape[start:end+1]): shape[start:end+1] = [_size(call.args[0], d) for d in range(start, end+1)]
     return shrink(label.expand(shape).flatten(start, end))
 
@@ -200,7 +220,9 @@ def _flatten_up(call, label):
     if call.args[0].shape is None: raise Unknown('the rank of what is flattened is not known')
     start,end = _flat(call, len(call.args[0].shape))
     sizes = [_size(call.args[0], d) for d in range(start, end+1)] if label.shape[start] > 1 else [1]*(end-start+1)
-    return shrink(label.unflatten(start, sizes))
+    label = shrink(label.unflatten(start, sizes))
+    _settled_run(call, label, start, end-start+1)
+    return label
 
 _unary('flatten', _flatten_down, _flatten_up)
 
@@ -307,7 +329,9 @@ def _full(call, label):
 
 def _part_down(call, v, label):
     _sure_part(call, label)
-    return [(o, shrink(part)) for o,part in zip(call.outs, _cut(call, _full(call, label)))]
+    parts = _cut(call, _full(call, label))
+    if any(part.numel() == 0 for part in parts): raise Stop(f'`{call.op}` gives nothing on this example')
+    return [(o, shrink(part)) for o,part in zip(call.outs, parts)]
 
 def _part_up(call, out, label):
     v = call.args[0]
@@ -319,6 +343,7 @@ def _part_up(call, out, label):
         shape[d] = next((label.shape[e] for e in range(len(small)) if len(small) == label.dim() and wider[e] != small[e]), 1)
     whole = torch.full(shape, -1)
     places = _cut(call, torch.arange(whole.numel()).view(shape))[i]
+    if not places.numel(): raise Stop(f'`{call.op}` gives nothing on this example')
     if places.dim() != label.dim() or any(n > p for p,n in zip(places.shape, label.shape)): raise Stop(f'`{call.op}` takes only some of the positions')
     whole.view(-1)[places.reshape(-1)] = label.expand(places.shape).reshape(-1)
     alone = v.readers == [call] and len(call.outs) == 1
@@ -349,11 +374,14 @@ def _cat_down(call, v, label):
         pieces.append(piece.expand([_size(u, d) if i == d else n for i,n in enumerate(piece.shape)]))
     shape = [max(p.shape[i] for p in pieces) for i in range(label.dim())]
     pieces = [p.expand([p.shape[d] if i == d else n for i,n in enumerate(shape)]) for p in pieces]
-    return [(call.outs[0], shrink(torch.cat(pieces, d)))]
+    label = shrink(torch.cat(pieces, d))
+    if label.shape[d] > 1: _settled([(_is_sure(u, d), True) for u in call.args[0]], call.op)
+    return [(call.outs[0], label)]
 
 def _cat_up(call, out, label):
     d = _cat_axis(call, label.dim())
     if label.shape[d] == 1: return [(u, label, True) for u in call.args[0]]
+    _settled([(_is_sure(u, d), True) for u in call.args[0]], call.op)
     pieces = label.split([_size(u, d) for u in call.args[0]], d)
     return [(u, shrink(p), True) for u,p in zip(call.args[0], pieces)]
 
@@ -362,9 +390,9 @@ _row('cat concat concatenate', _cat_down, _cat_up)
 def _is_zero(t): return type(t) in (int, float) and t == 0
 
 def _sum_up(call, out, label):
-    terms = call.args[:2]
-    if call.op == 'add' and sum(map(_is_zero, terms)) == 1: return [(t, label, True) for t in terms if not _is_zero(t)] # as Python's `sum` begins
-    if not all(isinstance(t, Value) for t in terms) or len(call.args) > 2 or call.kwargs.get('alpha', 1) != 1: raise Stop(f'`{call.op}` adds a number')
+    terms,plain = call.args[:2],len(call.args) == 2 and call.kwargs.get('alpha', 1) == 1
+    if plain and call.op == 'add' and sum(map(_is_zero, terms)) == 1: return [(t, label, True) for t in terms if not _is_zero(t)] # as Python's `sum` begins
+    if not (plain and all(isinstance(t, Value) for t in terms)): raise Stop(f'`{call.op}` adds a number')
     for t in terms:
         if t.shape is None or len(t.shape) != label.dim(): raise Unknown(f'the rank of a term of `{call.op}` is not known')
         if any(n > 1 and s != n for n,s in zip(label.shape, t.shape)): raise Stop(f'a term of `{call.op}` is spread over the channels')

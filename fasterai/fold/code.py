@@ -255,9 +255,9 @@ def _uses(f, name): return [(code, at) for code in instructions(f) for at,i in e
 def _only_hands_on(f, collected):
     "Does `f` wrap another function, and do nothing with what it has `collected` but to call that one?"
     wrapped = next((n for n,o in named_in(f)[0].items() if o is getattr(f, '__wrapped__', f)), None)
-    called = [sum(i.opname == 'CALL_FUNCTION_EX' for i in code) - sum(i.argval == wrapped and i.opname.startswith('LOAD_') for i in code) for code in instructions(f)]
+    calls = sum(i.opname == 'CALL_FUNCTION_EX' for code in instructions(f) for i in code)
     to_call = lambda code, at: next(i for i in code[at+1:] if not i.opname.startswith(_handing_on)).opname == 'CALL_FUNCTION_EX'
-    return bool(wrapped) and not any(called) and all(to_call(*use) for p in collected for use in _uses(f, p.name))
+    return bool(wrapped) and len(_uses(f, wrapped)) == calls and all(to_call(*use) for n in (wrapped, *(p.name for p in collected)) for use in _uses(f, n))
 
 @remembered
 def parameters(

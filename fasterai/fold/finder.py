@@ -185,7 +185,7 @@ def batchnorm(self:Finder, call, label, before, shift):
     if label.dim() < 2 or label.numel() != label.shape[1]: raise Stop(f'{naming(name)} normalises another axis')
     m = self.flow.modules[name]
     if label.numel() not in (1, m.num_features): raise Stop(f'{naming(name)} has {m.num_features} channels, not {label.numel()}')
-    if not (plain_batchnorm(m) and m.affine): raise Stop(f'{naming(name)} has no weight of its own')
+    if not plain_batchnorm(m) or None in (m.weight, m.bias): raise Stop(f'{naming(name)} has no weight of its own')
     weight,bias = self.parameters(call, call.args[1], call.args[2], name)
     return Absorb(name, 'batch_norm', weight, bias, before, label.flatten().expand(m.num_features).contiguous(), shift)
 
@@ -206,8 +206,8 @@ def _is_torch(m):
     "Does `m` compute as PyTorch's own layer does?"
     for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
         if isinstance(m, kind):
-            same = lambda n: getattr(type(m), n, None) is getattr(kind, n, None) and n not in vars(m)
-            return called_plainly(m) and all(map(same, ('forward', '_conv_forward', '__getattr__')))
+            same = lambda n: getattr(type(m), n, ...) is getattr(kind, n, ...) and n not in vars(m)
+            return called_plainly(m) and all(map(same, ('forward', '_conv_forward', '__getattr__', 'weight', 'bias')))
     return False
 
 class _Bias(TorchDispatchMode):
@@ -309,6 +309,7 @@ def absorbers(self:Finder, calls, before, through=''):
         found += [(c, a) for c,a in way if a is not None]
         ways.append([call, *between, *(c for c,_ in way)])
     self.agree(found)
+    if not found: raise Stop('nothing takes it in')
     return tuple({(a.weight, a.before): a for _,a in found}.values()), ways
 
 @patch

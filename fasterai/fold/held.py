@@ -48,7 +48,7 @@ def package_of(
     o:object, # A function or class
 )->str:
     "The package in which it was written"
-    return (o.__globals__.get('__name__') if isinstance(o, FunctionType) else o.__module__ or '').split('.')[0]
+    return ((o.__globals__.get('__name__') if isinstance(o, FunctionType) else o.__module__) or '').split('.')[0]
 
 def is_authors(
     f:object,

@@ -56,7 +56,7 @@ def known_layer(m):
 
 # %% ../../nbs/02_fold.known.ipynb #f3151bb7
 METADATA = {'size', 'dim', 'ndim', 'ndimension', 'shape', 'dtype', 'device', 'numel', 'nelement', 'stride', 'is_contiguous', 'is_leaf', 'grad_fn', 'is_meta',
-            'is_floating_point', 'is_complex', 'is_cuda', 'layout', 'requires_grad', 'requires_grad_', 'element_size', 'get_device', '_assert', 'len', '__len__'}
+            'is_floating_point', 'is_complex', 'is_cuda', 'layout', 'requires_grad', 'element_size', 'get_device', '_assert', 'len', '__len__'}
 
 def is_number(node):
     "Does `node` stand for a size, a dtype or what is computed from them? A function of PyTorch's makes a tensor even of numbers"

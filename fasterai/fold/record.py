@@ -57,7 +57,7 @@ class _Memory:
 # %% ../../nbs/04_fold.record.ipynb #9949f24d
 _decisions = {'item', '_local_scalar_dense', 'is_nonzero', 'equal', 'allclose', 'nonzero', 'nonzero_numpy', 'masked_select', 'unique', '_unique2', 'unique_dim', 'unique_consecutive'}
 _makers = {'tensor', 'as_tensor', 'asarray', 'new_tensor', 'new', 'sparse_coo_tensor', 'sparse_csr_tensor', 'sparse_csc_tensor', 'sparse_compressed_tensor'}
-_leaks = {'numpy', 'tolist', '__array__', '__index__', '__int__', '__float__', '__complex__', 'data_ptr', '__dlpack__', 'storage', 'untyped_storage', 'share_memory_', '__repr__', '__str__', '__format__', '__reduce_ex__', '__deepcopy__', '__cuda_array_interface__'}
+_leaks = {'numpy', 'tolist', '__array__', '__index__', '__int__', '__float__', '__complex__', 'data_ptr', '__dlpack__', 'storage', 'untyped_storage', 'share_memory_', 'apply_', 'map_', 'map2_', '__repr__', '__str__', '__format__', '__reduce_ex__', '__deepcopy__', '__cuda_array_interface__'}
 
 _as_given = SAME | {'alias', 'flatten'} # give what they are given, whatever its size
 _by_size = RESHAPES | PARTS # may give what they are given at one size, and something else at another

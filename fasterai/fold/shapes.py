@@ -101,10 +101,11 @@ def _usual_shape(op, args, kwargs):
     if op == 'squeeze':
         dims = range(len(x.shape)) if len(args) == 1 else [args[1] % len(x.shape)]
         return None if any(x.shape[d] is None for d in dims) else tuple(n for d,n in enumerate(x.shape) if d not in dims or n != 1)
-    if op == 'mean' and len(args) > 1 and args[1] is not None:
+    if op == 'mean' and len(args) > 1 and args[1] not in (None, (), []):
         dims = {d % len(x.shape) for d in (args[1] if isinstance(args[1], (tuple, list)) else [args[1]])}
         keep = args[2] if len(args) > 2 else kwargs.get('keepdim', False)
         return tuple(1 if d in dims else n for d,n in enumerate(x.shape) if keep or d not in dims)
+    if op == 'clamp' and any(isinstance(o, Value) for o in (*args[1:], *kwargs.values())): return None
     if op in _keep_shape: return x.shape
     if op == 'expand': return _expand_shape(*args)
     if op == 'getitem': return _index_shape(*args)

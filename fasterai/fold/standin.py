@@ -98,6 +98,7 @@ class StandIn(Number):
     def __setattr__(self, name, v):
         if hasattr(Tensor, name): raise Opaque(self.tracer.here(), f'it sets the `{name}` of a tensor')
         super().__setattr__(name, v)
+    def requires_grad_(self, *args): return self
     def __setitem__(self, i, v): self.tracer.create_proxy('call_function', operator.setitem, (self, i, v), {})
 
 INPLACE = [f'i{n}' for n in ('add', 'sub', 'mul', 'truediv', 'floordiv', 'mod', 'pow', 'matmul', 'and', 'or', 'xor', 'lshift', 'rshift')]

@@ -59,7 +59,7 @@ def _numbers(op, args, kwargs):
 def _varies(op, args, kwargs):
     "Does the operation do something else with another argument or size? What a run did shows one of them"
     numbers,fixed = _numbers(op, args, kwargs)
-    return bool(values_in(fixed, Node)) or any(v.call is None and not v.name for v in values_in(numbers))
+    return op == '__call__' or bool(values_in(fixed, Node)) or any(v.call is None and not v.name for v in values_in(numbers))
 
 # %% ../../nbs/05_fold.trace.ipynb #ee4eec62
 class _Graph:
@@ -262,7 +262,7 @@ def note_sizes(
     symbolic:Flow, # The trace of the same model
 ):
     "Note what is known of the shapes of a run whatever the sizes of its input, and which `view`s are written with numbers"
-    if not any(c.op in RESHAPES | PARTS for c in flow.calls): return # nobody asks
+    if not any(c.op in RESHAPES | PARTS | {'flatten', 'cat'} for c in flow.calls): return # nobody asks
     sizes = {} # of the `view`s in each module
     for c in symbolic.calls:
         if c.op in RESHAPES: sizes.setdefault(c.module, []).extend([c] if c.op in SHAPED_LIKE else [o for a in c.args[1:] for o in (a if isinstance(a, (tuple, list)) else [a])])

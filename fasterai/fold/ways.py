@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from fastcore.basics import patch
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from .code import KINDS_ASKED, MAX_WAYS, STATES, asked_for_none, is_state, reading, was_raised
 from .flow import naming, values_in
@@ -28,6 +29,7 @@ from .standin import Impossible, Node, Number, Opaque, StandIn, Weight, asked_ag
 # %% ../../nbs/04_fold.ways.ipynb #1e5b1442
 _max_choices = 12
 _in_autocast = torch._C._is_any_autocast_enabled # a trace puts another in its place
+def _modes(): return torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
 _plain_python = {*sys.stdlib_module_names, 'numpy'} # in whose modules nothing is put
 
 class Pass(NamedTuple):
@@ -42,7 +44,7 @@ class _Tracer(fx.proxy.TracerBase):
     "Goes through a part of a model and all that it calls, but for the `opaque` modules"
     def __init__(self, names, params, opaque, random):
         self.names,self.params,self.opaque,self.random = names,params,opaque,random # `random`: the state of the generators, if no number may be drawn
-        self.thread,self.autocast = threading.get_ident(),_in_autocast()
+        self.thread,self.autocast,self.modes,self.hooks = threading.get_ident(),_in_autocast(),None,RemovableHandle.next_id
         self.stack,self.frames,self.tries = [],[],0 # the modules that it is in; the choices of each
         self.nodes,self.calls,self.passes = [],[],[]
         self.read,self.branched,self.decided = set(),set(),[] # parameters; modules with several ways; the values that chose
@@ -58,6 +60,7 @@ class _Tracer(fx.proxy.TracerBase):
 @patch
 def create_node(self:_Tracer, kind, target, args, kwargs, name=None, type_expr=None):
     if _in_autocast() != self.autocast: raise Opaque(self.here(), 'it switches autocast on or off')
+    if any(now > was for now,was in zip(_modes(), self.modes)): raise Opaque(self.here(), 'it runs in a mode of its own')
     node = Node(kind, target, args, kwargs, tuple(self.stack))
     self.nodes.append(node)
     return node
@@ -204,6 +207,7 @@ def call_module(self:_Tracer, m, args, kwargs):
     if m not in self.names:
         if not self.is_passing(m): raise Opaque(self.here(), f'it calls a {type(m).__name__} that is no part of the model', choice=False)
         return m.forward(*args, **kwargs)
+    if RemovableHandle.next_id != self.hooks: raise Opaque(self.here(), 'it registers a hook')
     if type(m) not in self.opaque and not called_plainly(m): raise Opaque(m, 'it has a `__call__` of its own')
     self.stack.append(self.names[m])
     at = len(self.nodes)
@@ -315,7 +319,7 @@ class _Reads(TorchFunctionMode):
         if name == '__get__': name = func.__self__.__name__
         tensors = [t for t in values_in([args, kwargs], Tensor) if not issubclass(type(t), fx.Proxy)]
         if name.startswith(('rand', 'bernoulli', 'multinomial', 'normal')) and not values_in([args, kwargs], fx.Proxy): raise Opaque(self.tracer.here(), 'it draws random numbers')
-        if name not in METADATA: self.tracer.read.update(self.tracer.params[t] for t in tensors if t in self.tracer.params)
+        if name not in METADATA | {'requires_grad_'}: self.tracer.read.update(self.tracer.params[t] for t in tensors if t in self.tracer.params)
         into = kwargs.get('out', args[0] if args and _writes(name) else None)
         if issubclass(type(into), Tensor) and not issubclass(type(into), fx.Proxy):
             if values_in([args, kwargs], fx.Proxy): raise Opaque(self.tracer.here(), 'it keeps what it computed')
@@ -350,7 +354,9 @@ def trace_ways(m, names, params, opaque, variant, random=None):
         ctx.callback(reads.restore)
         ctx.enter_context(tracer.watching())
         call = lambda: (tracer.leaf if known_layer(m) else tracer.ways)(m, *_given(tracer, variant))
-        with reads: out = [call()]
+        with reads:
+            tracer.modes = _modes()
+            out = [call()]
         memory = tracer.memory.changed()
         tracer.wrote = bool(memory)
         if memory: # what it remembers of one call may decide another
