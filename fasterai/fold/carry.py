@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .flow import Call, Value, values_in
+from .runs import groups, lies_on, may_move
 
 # %% ../../nbs/03_fold.carry.ipynb #24020f81
 class Stop(Exception):
@@ -136,37 +137,6 @@ def _mean_up(call, label):
 _unary('mean', _mean_down, _mean_up)
 
 # %% ../../nbs/03_fold.carry.ipynb #f07e01e9
-def _groups(a, b):
-    "Cut two shapes of equal size into runs of axes with equal products"
-    i = j = 0
-    while i < len(a) or j < len(b):
-        i0,j0,i,j = i,j,min(i+1, len(a)),min(j+1, len(b))
-        while prod(a[i0:i]) != prod(b[j0:j]):
-            if prod(a[i0:i]) < prod(b[j0:j]): i += 1
-            else: j += 1
-        yield a[i0:i], b[j0:j]
-
-def _lies_on(a, b, axes):
-    "The axes of a shape `b`, larger than one, over which `axes` of `a` are spread"
-    i,j,found = 0,0,set()
-    for left,right in _groups(a, b):
-        if any(i <= d < i+len(left) for d in axes): found |= {j+k for k,n in enumerate(right) if n > 1}
-        i,j = i+len(left), j+len(right)
-    return found
-
-def _may_move(shape, sizes, unsure, given, made):
-    "Computed sizes: may what is on the axes `given` of a `shape` be elsewhere than on the axes `made`, which are as large, where an axis has not size one as it happens to have here?"
-    common = lambda a, b: next((i for i,(m,n) in enumerate(zip(a, b)) if m != n), min(len(a), len(b)))
-    first = common(shape, sizes)
-    last = common(shape[:first-1 if first else None:-1], sizes[:first-1 if first else None:-1])
-    places = [j for j in range(first, len(sizes)-last) if -1 not in sizes or sizes[j] == -1]
-    for d in (d for d in unsure if first <= d < len(shape)-last and shape[d] == 1):
-        other = tuple(2 if k == d else n for k,n in enumerate(shape))
-        for j in set(places) - made:
-            rest = prod(other)//abs(prod(sizes))
-            if _lies_on(other, [rest if n == -1 else 2*n if k == j else n for k,n in enumerate(sizes)], given) != made: return True
-    return False
-
 def _has_room(call, label, up):
     "May a `view` put other axes together where sizes that are not sure are others, so that `label`, of what it gave (`up`) or was given, does not hold there?"
     x,sizes = call.args[0], call.args[1] if len(call.args) > 1 else ()
@@ -176,9 +146,9 @@ def _has_room(call, label, up):
     if not unsure: return False
     if not call.literal:
         new = call.outs[0].shape
-        given,made = (_lies_on(new, x.shape, varying), varying) if up else (varying, _lies_on(x.shape, new, varying))
-        return _may_move(x.shape, sizes, unsure, given, made)
-    fixed,parts = abs(prod(sizes)), lambda shape: [(len(a), len(b)) for a,b in _groups(shape, [prod(shape)//fixed if n == -1 else n for n in sizes])]
+        given,made = (lies_on(new, x.shape, varying), varying) if up else (varying, lies_on(x.shape, new, varying))
+        return may_move(x.shape, sizes, unsure, given, made)
+    fixed,parts = abs(prod(sizes)), lambda shape: [(len(a), len(b)) for a,b in groups(shape, [prod(shape)//fixed if n == -1 else n for n in sizes])]
     scaled = lambda d, by, e=None: tuple(n*by if k == d else 1 if k == e else n for k,n in enumerate(x.shape))
     others = [scaled(d, 2) for d in unsure] if -1 in sizes else [scaled(d, x.shape[e], e) for d in unsure for e in unsure if d != e]
     return any(parts(o) != parts(x.shape) for o in others if prod(o) % fixed == 0)
@@ -190,7 +160,7 @@ def _reshape(call, label, old, new, up):
     if prod(old) != prod(new): raise Stop(f'`{call.op}` reads its numbers as others')
     full,small = [],[]
     at = 0
-    runs = [*_groups(old, new)]
+    runs = [*groups(old, new)]
     for a,b in runs:
         varies = any(n > 1 for n in label.shape[at:at+len(a)])
         full += a if varies else (1,)*len(a)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .bake import computing
 from .carry import CARRIERS, ORDERS, PARTS, Stop, Unknown, cross, nothing
-from .choices import may_reach
+from .uses import may_reach
 from .flow import Call, Value, altered, mapped, naming, under
 from .layers import LAYERS, NORMS, absorbs_before, in_channels, layer_call, out_channels
 from .known import called_plainly, plain_batchnorm
@@ -44,7 +44,7 @@ class Finder:
         symbolic = symbolic or flow
         self.model,self.flow,self.folded,self.owners = flow.model,flow,set(),{}
         # what a module can reach that could not be followed: it calls what is in its place, but what it does with what it holds besides is not known
-        reaches = {at: may_reach(flow.modules[at]) for at in {*symbolic.unknown.values()}}
+        reaches = {at: may_reach(flow.modules[at]) for at in {at for ats in symbolic.unknown.values() for at in ats}}
         places = {}
         for n,m in flow.modules.items(): places.setdefault(m, []).append(n)
         def called_by(n): # the module in whose `forward` a call of `n` is written
@@ -54,7 +54,7 @@ class Finder:
             own = places[flow.modules[n]]
             if len(own) > 1 and any(called_by(p) in symbolic.failed for p in own): return False # elsewhere it was followed
             return under(n, at) and not any(reaches[at](p[len(at):].removeprefix('.')) for p in own if under(p, at) and p != at)
-        self.unknown = {n: at for n,at in symbolic.unknown.items() if not inside(n, at)}
+        self.unknown = {n: at for n,ats in symbolic.unknown.items() for at in reversed(ats) if not inside(n, at)}
         self.unfollowed,self.failed = symbolic.unknown,symbolic.failed # the same, wherever that is; and why
         memory = {}
         for name,m in self.model.named_modules():

@@ -12,9 +12,9 @@ __all__ = ['ATOMS', 'NAMESPACES', 'OWN', 'remembered', 'afresh', 'package_of', '
 import builtins,dis,functools,gc,inspect,operator,random,sys,weakref
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import ChainMap, Counter, OrderedDict, UserDict, UserList, defaultdict, deque
 from contextlib import contextmanager, nullcontext
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from types import CellType, CodeType, FunctionType, MappingProxyType, MethodType, ModuleType, SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,9 @@ def _closed_over(f): return [c.cell_contents for n,c in zip(f.__code__.co_freeva
 
 def content(o):
     "What an object holds, as far as a `forward` would reach for it"
-    if isinstance(o, dict): return [*o.values()]
+    if isinstance(o, (dict, UserDict, ChainMap, MappingProxyType, weakref.WeakValueDictionary, weakref.WeakKeyDictionary)): return [*o.keys(), *o.values()]
+    if type(o).__module__ == 'numpy' and getattr(o, 'dtype', None) == object: return o.ravel().tolist()
+    if isinstance(o, UserList): return o.data
     if isinstance(o, (list, tuple, set, frozenset, deque)): return o
     if isinstance(o, MethodType): return [o.__self__, *content(o.__func__)]
     if isinstance(o, FunctionType): return [*_closed_over(o), *(o.__defaults__ or ()), *(o.__kwdefaults__ or {}).values()]

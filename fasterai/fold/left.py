@@ -10,6 +10,7 @@ import dis,functools,inspect,operator
 from collections import deque
 from collections.abc import MutableMapping
 from functools import cached_property
+from types import FunctionType, ModuleType
 from typing import NamedTuple
 
 from torch import Tensor, fx, nn
@@ -30,7 +31,8 @@ class Written(NamedTuple):
     others:frozenset=frozenset() # Attributes of anything else, and variables outside of it
     changes:bool=False # Does it change a container that it did not make itself?
     fills:bool=False # Or a tensor, or an array?
-    def __or__(self, o): return Written(self.own | o.own, self.others | o.others, self.changes or o.changes, self.fills or o.fills)
+    anything:bool=False # Or an attribute by a computed name?
+    def __or__(self, o): return Written(self.own | o.own, self.others | o.others, *(a or b for a,b in zip(self[2:], o[2:])))
     def met_by(self, read): return bool(self.own & read.others or self.others & read.any)
 
 class Read(NamedTuple):
@@ -69,10 +71,16 @@ def _changed_by(code, at):
     if not reads_attribute(i): return False, False
     return i.argval in _changing and not _is_made_here(code, code[at-1]), i.argval.endswith('_') and not i.argval.startswith('_')
 
+def _by_computed_name(code):
+    "Does it set attributes whose names it computes: by `setattr`, or in a `__dict__`?"
+    sets = any(i.argval in ('setattr', 'delattr', '__setattr__') and not any(o.opname == 'LOAD_CONST' and type(o.argval) is str for o in code[at+1:at+5]) for at,i in enumerate(code))
+    return sets or any(i.argval in ('__dict__', 'vars') for i in code) and any(i.argval in _changing or i.opname == 'STORE_SUBSCR' for i in code)
+
 @remembered
 def _written_by(f, is_own):
-    own,others,changes,fills = set(), set(), False, False
+    own,others,changes,fills,anything = set(), set(), False, False, False
     for code in instructions(f):
+        anything = anything or _by_computed_name(code)
         for at,i in enumerate(code):
             if i.opname in ('STORE_ATTR', 'DELETE_ATTR') and not (is_self := _is_self(f, code[at-1])) & (f.__name__ in _making): (own if is_own and is_self else others).add(i.argval)
             if i.opname in ('STORE_GLOBAL', 'DELETE_GLOBAL') or i.opname == 'STORE_DEREF' and i.argval in f.__code__.co_freevars: others.add(i.argval)
@@ -80,7 +88,7 @@ def _written_by(f, is_own):
             container,tensor = _changed_by(code, at)
             changes,fills = changes or container, fills or tensor
         if any(i.argval in ('setattr', '__setattr__', 'delattr') for i in code): others |= {i.argval for i in code if type(i.argval) is str and i.opname == 'LOAD_CONST'}
-    return Written(frozenset(own), frozenset(others), changes, fills)
+    return Written(frozenset(own), frozenset(others), changes, fills, anything)
 
 def written(
     m:nn.Module,
@@ -134,11 +142,11 @@ def _in_sight(m, others):
 def shared_by(
     m:nn.Module,
     hooked:bool=False, # With what its hooks have names for?
-)->tuple: # Of sets of `id`s: of containers; of tensors and arrays
+)->tuple: # Of sets of `id`s: of containers; of tensors and arrays; of objects with attributes
     "What the code of `m` may use, that others who have it, too, can change"
     is_array = lambda o: issubclass(type(o), Tensor) and not isinstance(o, nn.Parameter) or type(o).__module__ == 'numpy' and hasattr(o, 'flags')
     held = [*_in_sight(m, (*reading(m).others, *(hook_reading(m).others if hooked else ())))]
-    return {id(o) for o in held if issubclass(type(o), (*_kinds, MutableMapping))}, {id(o) for o in held if is_array(o)}
+    return {id(o) for o in held if issubclass(type(o), (*_kinds, MutableMapping))}, {id(o) for o in held if is_array(o)}, {id(o) for o in held if not isinstance(o, type) and _holding(o) is not o and hasattr(o, '__dict__') and not issubclass(type(o), (nn.Module, Tensor, FunctionType, ModuleType))}
 
 class Left:
     "What the modules in `m` hold, and what can be written of what it is given and of what its code has names for"

@@ -16,7 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .carry import PARTS, RESHAPES
-from .choices import comes_to, may_choose, may_loop, taken_apart
+from .choices import comes_to, may_choose, may_loop
+from .uses import taken_apart
 from .code import KINDS_ASKED, reading, variants
 from .flow import SHAPED_LIKE, Call, Entry, Flow, Value, mapped, naming, read_written_out, tensors_of, under, values_in
 from .held import held_in, uncollected
@@ -161,8 +162,8 @@ def _choosing(tracers, opens=()):
 # %% ../../nbs/05_fold.trace.ipynb #3a17bfe4
 def _may_reach(flow, m, names, but=None):
     "What can't be seen of `m` may use every module that it reaches"
-    for o in held_in(m, nn.Module):
-        if o in names and o is not but: flow.unknown.setdefault(names[o], names[m])
+    for o in held_in((m, *reading(m).others), nn.Module):
+        if o in names and o is not but: flow.unknown.setdefault(names[o], []).append(names[m])
 
 def _trace_root(m, flow, names, opaque, refused):
     "A tracer for each variant of `m`'s arguments, with as few opaque modules as it takes"
@@ -214,7 +215,7 @@ def _left_apart(flow, refused):
         reached = {*held_in((o, *reading(o).others), nn.Module)}
         for m,writes,held in writers:
             if m not in hooked and (m is o or all(m in t for t in mine)): continue
-            meets = writes.own & reads.others and m in reached or writes.others & reads.any or writes.changes and shared[0] & held[0] or writes.fills and shared[1] & held[1]
+            meets = writes.own & reads.others and m in reached or writes.others & reads.any or writes.changes and shared[0] & held[0] or writes.fills and shared[1] & held[1] or writes.anything and shared[2] & held[2]
             if meets: found[o] = f'it goes by what {naming(names[m])} leaves behind'
     return found
 
