@@ -33,9 +33,10 @@ def _source(f):
 def _is_attribute(i): return reads_attribute(i) or i.opname in ('STORE_ATTR', 'DELETE_ATTR', 'LOAD_SUPER_ATTR')
 
 def _named_by(tree):
-    "The names of attributes in the body of a function; a constant condition, and what it guards, leave no code"
-    body = tree.body if isinstance(tree.body, list) else [tree.body]
-    return {n.attr for b in body for n in ast.walk(b) if isinstance(n, ast.Attribute)}
+    "The names of attributes in the body of a function, but for the annotations of variables, which leave no code"
+    nodes = [n for b in (tree.body if isinstance(tree.body, list) else [tree.body]) for n in ast.walk(b)]
+    notes = {id(a) for n in nodes if isinstance(n, ast.AnnAssign) for a in ast.walk(n.annotation)}
+    return {n.attr for n in nodes if isinstance(n, ast.Attribute) and id(n) not in notes}
 
 # %% ../../nbs/03_fold.uses.ipynb #293c9ba9
 _lists = nn.ModuleList, nn.ModuleDict, nn.Sequential
@@ -48,12 +49,11 @@ def _number(n):
 def _is_list(c): return isinstance(c, _lists) and all(getattr(type(c), n, None) is getattr(k, n, None) for k in _lists if isinstance(c, k) for n in _fetching)
 
 _asking = {'len', 'isinstance', 'hasattr', 'type', 'id', 'bool', 'print', 'callable', 'repr', 'str'}
-_listing = {'iter', 'reversed', 'list', 'tuple', 'sorted'}
+_listing = {'iter', 'reversed', 'list', 'tuple', 'sorted'} # the parts
 _of_python = {*_asking, *_listing, 'enumerate', 'zip', 'next', 'getattr', 'super'}
 _out_of_sight = {'vars', 'eval', 'exec', 'locals', 'globals', '__import__', '_getframe', 'currentframe', 'get_objects', 'get_referrers', 'getmembers', 'set_default_dtype', 'set_default_device', 'set_default_tensor_type'}
 _growing = {'append', 'appendleft', 'insert', 'add', 'extend'}
-_plain_facts = {'training', '_get_name', 'extra_repr', '__class__'}
-_plain = *ATOMS, bool, list, tuple, dict, set
+_plain_facts,_plain = {'training', '_get_name', 'extra_repr', '__class__'}, (*ATOMS, bool, list, tuple, dict, set)
 
 def _is_fact(c, name):
     "Is the attribute `name` of `c` a number, a name, or a container of such?"
@@ -146,8 +146,7 @@ class Uses:
     def do_Global(self, n):
         for name in n.names: self.lose(self.variables.get((self.f, name), set()))
     def do_withitem(self, n):
-        tags = self.value(n.context_expr)
-        self.lose(tags)
+        self.lose(self.value(n.context_expr))
     def all(self, nodes):
         for n in nodes: self.do(n)
 
