@@ -248,7 +248,7 @@ def _compared_with_none(c):
 
 # %% ../../nbs/02_fold.code.ipynb #ee9aad89
 _collecting = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD # `*args`, `**kwargs`
-_handing_on = 'LIST_EXTEND', 'LIST_TO_TUPLE', 'CALL_INTRINSIC_1', 'BUILD_MAP', 'DICT_MERGE', 'LOAD_FAST', 'LOAD_CONST', 'PUSH_NULL', 'CACHE' # what stands before a call with them
+_handing_on = 'BUILD_LIST', 'LIST_EXTEND', 'LIST_TO_TUPLE', 'CALL_INTRINSIC_1', 'BUILD_MAP', 'DICT_MERGE', 'LOAD_FAST', 'LOAD_CONST', 'PUSH_NULL', 'CACHE' # what stands before a call with them
 
 def _uses(f, name): return [(code, at) for code in instructions(f) for at,i in enumerate(code) if i.argval in (name, 'locals')]
 

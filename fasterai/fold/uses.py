@@ -6,9 +6,9 @@
 __all__ = ['Uses', 'may_reach', 'taken_apart']
 
 # %% ../../nbs/03_fold.uses.ipynb #6cd71ab2
-import ast,inspect,textwrap
+import ast,inspect
 from collections.abc import Callable
-from types import FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType
 
 from fastcore.basics import patch
 from torch import Tensor, nn
@@ -20,23 +20,29 @@ from .held import ATOMS, OWN, behind, codes_in, held_in, instructions, is_record
 from .known import METADATA, called_plainly
 
 # %% ../../nbs/03_fold.uses.ipynb #b8f2b4a5
+def _same(a, b):
+    "Do two codes do the same, constant by constant?"
+    alike = lambda p, q: _same(p, q) if isinstance(p, CodeType) and isinstance(q, CodeType) else repr(p) == repr(q)
+    facts = [(o.co_code, o.co_names, o.co_varnames, o.co_freevars, o.co_cellvars, len(o.co_consts)) for o in (a, b)]
+    return facts[0] == facts[1] and all(map(alike, a.co_consts, b.co_consts))
+
+def _compiled(tree, free):
+    "The code of a function of this syntax, inside of one that has the variables `free`"
+    if not isinstance(tree, ast.Lambda): tree.decorator_list = []
+    outer = ast.parse(f"def outer({', '.join(free)}): pass").body[0]
+    outer.body = [ast.Return(tree) if isinstance(tree, ast.Lambda) else tree]
+    code = compile(ast.fix_missing_locations(ast.Module([outer], [])), '', 'exec', dont_inherit=True)
+    return next(c for o in code.co_consts if isinstance(o, CodeType) for c in o.co_consts if isinstance(c, CodeType))
+
 @remembered
 def _source(f):
     "The syntax tree of a function, if it is that of the code that runs"
-    try: tree = ast.parse(textwrap.dedent(inspect.getsource(f)))
+    try:
+        source = inspect.getsource(f)
+        tree = ast.parse('if True:\n' + source if source[:1].isspace() else source) # to take the indent away would change its texts
     except (OSError, TypeError, SyntaxError): return None
-    kind = ast.Lambda if f.__name__ == '<lambda>' else (ast.FunctionDef, ast.AsyncFunctionDef)
-    found = [n for n in ast.walk(tree) if isinstance(n, kind)]
-    if kind is ast.Lambda and len(found) != 1: return None
-    return found[0] if found and _named_by(found[0]) == {i.argval for code in instructions(f) for i in code if _is_attribute(i)} else None
-
-def _is_attribute(i): return reads_attribute(i) or i.opname in ('STORE_ATTR', 'DELETE_ATTR', 'LOAD_SUPER_ATTR')
-
-def _named_by(tree):
-    "The names of attributes in the body of a function, but for the annotations of variables, which leave no code"
-    nodes = [n for b in (tree.body if isinstance(tree.body, list) else [tree.body]) for n in ast.walk(b)]
-    notes = {id(a) for n in nodes if isinstance(n, ast.AnnAssign) for a in ast.walk(n.annotation)}
-    return {n.attr for n in nodes if isinstance(n, ast.Attribute) and id(n) not in notes}
+    found = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))]
+    return next((n for n in found if _same(_compiled(n, f.__code__.co_freevars), f.__code__)), None)
 
 # %% ../../nbs/03_fold.uses.ipynb #293c9ba9
 _lists = nn.ModuleList, nn.ModuleDict, nn.Sequential
@@ -82,15 +88,16 @@ class Uses:
     def lose(self, tags): self.lost |= {c for c,_ in tags}; return set()
     def none_is_safe(self): return self.lose({(self.m, 0)})
 
-    def run(self, f, given, starred=False):
+    def run(self, f, given):
         "The function `f` is called: `given` are the tags of its positional arguments"
         if f not in self.todo: self.todo.append(f)
         code = f.__code__
         names,rest = code.co_varnames[:code.co_argcount], code.co_varnames[code.co_argcount + code.co_kwonlyargcount:][:bool(code.co_flags & inspect.CO_VARARGS)]
         for n,tags in zip(names, given): self.hold(f, n, tags)
         for n,v in zip(reversed(names), reversed(f.__defaults__ or ())): self.defaults[f, n] = v if names.index(n) >= len(given) and self.defaults.get((f, n), v) is v else None
-        for tags in given[len(names):] if not starred else given[len(names):1]:
-            for n in rest: self.hold(f, n, {(c, d+1) for c,d in tags})
+        more = given[len(names):]
+        if names or not rest or any(more[1:]): self.lose(set().union(*more))
+        elif more: self.hold(f, rest[0], {(c, d+1) for c,d in more[0]}) # the first of `*args`
 
     def hold(self, f, name, tags):
         if tags: self.variables.setdefault((f, name), set()).update(tags)
@@ -140,13 +147,13 @@ class Uses:
     def do_If(self, n): self.value(n.test); self.all(n.body + n.orelse)
     do_While = do_If
     def do_Assert(self, n): self.value(n.test); self.value(n.msg) if n.msg else None
-    def do_FunctionDef(self, n): self.all(n.body)
+    def do_FunctionDef(self, n): self.value(n.args); self.all(n.body)
     def do_Delete(self, n):
         for t in n.targets: self.bind(t, set())
     def do_Global(self, n):
         for name in n.names: self.lose(self.variables.get((self.f, name), set()))
-    def do_withitem(self, n):
-        self.lose(self.value(n.context_expr))
+    do_Nonlocal = do_Global
+    def do_withitem(self, n): self.lose(self.value(n.context_expr))
     def all(self, nodes):
         for n in nodes: self.do(n)
 
@@ -176,9 +183,6 @@ def value(self:Uses, n):
 def of_Name(self:Uses, n): return self.variables.get((self.f, n.id), set())
 
 @patch
-def of_Constant(self:Uses, n): return set()
-
-@patch
 def of_NamedExpr(self:Uses, n): tags = self.value(n.value); self.bind(n.target, tags); return tags
 
 @patch
@@ -200,8 +204,7 @@ def of_FormattedValue(self:Uses, n): self.value(n.value); return set()
 
 @patch
 def of_List(self:Uses, n): return {(c, d+1) for e in n.elts for c,d in self.value(e)}
-Uses.of_Tuple = Uses.of_List
-Uses.of_Set = Uses.of_List
+Uses.of_Tuple = Uses.of_Set = Uses.of_List
 
 @patch
 def of_Dict(self:Uses, n): return {(c, d+1) for e in (*filter(None, n.keys), *n.values) for c,d in self.value(e)}
@@ -215,10 +218,7 @@ def of_BinOp(self:Uses, n):
     return tags if isinstance(n.op, ast.Add) and all(d for _,d in tags) else self.lose(tags)
 
 @patch
-def of_Lambda(self:Uses, n): self.lose(self.value(n.body)); return set()
-
-@patch
-def of_Slice(self:Uses, n): return set()
+def of_Lambda(self:Uses, n): self.value(n.args); self.lose(self.value(n.body)); return set()
 
 @patch
 def comprehended(self:Uses, n, *elements):
@@ -229,8 +229,7 @@ def comprehended(self:Uses, n, *elements):
 
 @patch
 def of_ListComp(self:Uses, n): return self.comprehended(n, n.elt)
-Uses.of_SetComp = Uses.of_ListComp
-Uses.of_GeneratorExp = Uses.of_ListComp
+Uses.of_SetComp = Uses.of_GeneratorExp = Uses.of_ListComp
 
 @patch
 def of_DictComp(self:Uses, n): return self.comprehended(n, n.key, n.value)
@@ -246,7 +245,7 @@ def of_Subscript(self:Uses, n):
 
 @patch
 def of_Attribute(self:Uses, n):
-    if n.attr in ('dtype', 'device') and isinstance(n.value, ast.Call) and 'parameters' in ast.dump(n.value): return set() # `next(self.parameters()).device`
+    if n.attr in ('dtype', 'device') and ast.unparse(n.value) in ('next(self.parameters())', 'next(self.buffers())'): return set()
     if n.attr in METADATA and isinstance(n.value, ast.Attribute) and n.value.attr in ('weight', 'bias'): self.value(n.value.value); return set()
     return self.attribute(self.value(n.value), n.attr)
 
@@ -314,7 +313,7 @@ def by_name(self:Uses, n, given):
     if isinstance(n.args[1], ast.Constant): return self.attribute(given[0], n.args[1].value) | set().union(*given[2:])
     self.lose({(c, d) for c,d in given[0] if c is not self.m or d} | set().union(*given[1:]))
     if (self.m, 0) not in given[0]: return set()
-    for name in {a for k in type(self.m).__mro__ if package_of(k) != 'torch' for a,f in vars(k).items() if isinstance(f, FunctionType) and not a.startswith('__')}: self.own(name)
+    for name in {a for k in type(self.m).__mro__ if package_of(k) != 'torch' for a,f in vars(k).items() if hasattr(type(f), '__get__') and not a.startswith('__')}: self.own(name)
     return {(k, 0) for k in self.m._modules.values() if k is not None}
 
 @patch
@@ -336,7 +335,7 @@ def hand_over(self:Uses, n):
     if isinstance(f, FunctionType):
         stars = [isinstance(a, ast.Starred) for a in n.args]
         if not any(stars): return self.run(f, tags)
-        if stars[0] and not any(tags[1:]) and not given: return self.run(f, [{(c, d-1) for c,d in tags[0] if d}], starred=True)
+        if stars[0] and not any(tags[1:]) and not given: return self.run(f, [{(c, d-1) for c,d in tags[0] if d}])
     self.lose(set().union(*tags))
 
 @remembered
