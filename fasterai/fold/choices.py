@@ -6,7 +6,7 @@
 __all__ = ['may_choose', 'may_loop', 'comes_to']
 
 # %% ../../nbs/03_fold.choices.ipynb #a43b6744
-import dis,inspect,sys
+import dis,sys
 from types import FunctionType, MethodType, ModuleType
 
 from torch import nn
@@ -17,8 +17,10 @@ from .held import behind, instructions, is_record, named_in, package_of, reads_a
 
 # %% ../../nbs/03_fold.choices.ipynb #2c41c108
 def _functions(o):
-    "The same without what wraps them"
-    return [g for f in behind(o) if callable(f) and isinstance(g := inspect.unwrap(f), FunctionType)]
+    "The same, and the functions that they wrap"
+    return [g for f in behind(o) if callable(f) for g in _layers(f) if isinstance(g, FunctionType)]
+
+def _layers(f): return [f, *(_layers(f.__wrapped__) if hasattr(f, '__wrapped__') else ())]
 
 _making = {f'__{n}__' for n in ('init', 'new', 'init_subclass', 'class_getitem', 'setstate', 'getstate', 'reduce', 'reduce_ex',
                                'copy', 'deepcopy', 'repr', 'str', 'dir', 'del')} # what no `forward` comes to
@@ -45,7 +47,7 @@ def _own_functions(m):
     by_a_computed_name = lambda code, at: code[at].opname.startswith('LOAD_GLOBAL') and code[at].argval == 'getattr' and not _constant_name(code, at)
     own = [(name, f) for c in type(m).__mro__ if not c.__module__.startswith('torch.nn.') for name,o in vars(c).items() if name not in _making for f in _functions(o)]
     bound = [f.__func__ for f in vars(m).values() if isinstance(f, MethodType) and f.__self__ is m]
-    held = [inspect.unwrap(f) for f in (*vars(m).values(), *bound) if isinstance(f, FunctionType) and not (f.__module__ or '').startswith('torch.')]
+    held = [g for f in (*vars(m).values(), *bound) if isinstance(f, FunctionType) for g in _layers(f) if not (f.__module__ or '').startswith('torch.')]
     left,reached = own, held
     while now := [(n, f) for n,f in left if n == 'forward' or n.startswith('__') or any(n in _names_in(g) for g in reached)]:
         left = [o for o in left if o not in now]

@@ -282,6 +282,7 @@ def note_sizes(
         same = c.op in RESHAPES and not c.literal and c.outs[0].shape == c.args[0].shape # its sizes are computed, and it changes nothing
         shape = known(c.args[0]).shape if same else shape_of(c.op, *mapped((c.args, c.kwargs), Value, known)) if len(c.outs) == 1 and c.op not in RESHAPES else None
         if shape and by_size(c): shape = shape[:-int(c.op[-2])] + (None,)*int(c.op[-2])
+        if shape and c.op == 'batch_norm': shape = (shape[0], c.outs[0].shape[1], *shape[2:]) # it takes no other number of channels
         for v in c.outs: v.sure = unsure(v) if shape is None else shape
 
 # %% ../../nbs/05_fold.trace.ipynb #5ae5a9c3

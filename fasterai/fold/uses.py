@@ -8,7 +8,7 @@ __all__ = ['Uses', 'may_reach', 'taken_apart']
 # %% ../../nbs/03_fold.uses.ipynb #6cd71ab2
 import ast,inspect
 from collections.abc import Callable
-from types import CodeType, FunctionType, MethodType
+from types import FunctionType, MethodType
 
 from fastcore.basics import patch
 from torch import Tensor, nn
@@ -18,31 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .code import reading
 from .held import ATOMS, OWN, behind, codes_in, held_in, instructions, is_record, named_in, package_of, reads_attribute, remembered
 from .known import METADATA, called_plainly
+from .source import source_of
 
-# %% ../../nbs/03_fold.uses.ipynb #b8f2b4a5
-def _same(a, b):
-    "Do two codes do the same, constant by constant?"
-    alike = lambda p, q: _same(p, q) if isinstance(p, CodeType) and isinstance(q, CodeType) else repr(p) == repr(q)
-    facts = [(o.co_code, o.co_names, o.co_varnames, o.co_freevars, o.co_cellvars, len(o.co_consts)) for o in (a, b)]
-    return facts[0] == facts[1] and all(map(alike, a.co_consts, b.co_consts))
-
-def _compiled(tree, free):
-    "The code of a function of this syntax, inside of one that has the variables `free`"
-    if not isinstance(tree, ast.Lambda): tree.decorator_list = []
-    outer = ast.parse(f"def outer({', '.join(free)}): pass").body[0]
-    outer.body = [ast.Return(tree) if isinstance(tree, ast.Lambda) else tree]
-    code = compile(ast.fix_missing_locations(ast.Module([outer], [])), '', 'exec', dont_inherit=True)
-    return next(c for o in code.co_consts if isinstance(o, CodeType) for c in o.co_consts if isinstance(c, CodeType))
-
-@remembered
-def _source(f):
-    "The syntax tree of a function, if it is that of the code that runs"
-    try:
-        source = inspect.getsource(f)
-        tree = ast.parse('if True:\n' + source if source[:1].isspace() else source) # to take the indent away would change its texts
-    except (OSError, TypeError, SyntaxError): return None
-    found = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))]
-    return next((n for n in found if _same(_compiled(n, f.__code__.co_freevars), f.__code__)), None)
 
 # %% ../../nbs/03_fold.uses.ipynb #293c9ba9
 _lists = nn.ModuleList, nn.ModuleDict, nn.Sequential
@@ -103,7 +80,7 @@ class Uses:
         if tags: self.variables.setdefault((f, name), set()).update(tags)
 
     def walk(self, f):
-        tree = _source(f)
+        tree = source_of(f)
         if tree is None or {n for c in codes_in(f.__code__) for n in c.co_names} & _out_of_sight: return self.none_is_safe()
         self.f = f
         for n in tree.body if isinstance(tree.body, list) else [ast.Return(tree.body)]: self.do(n)
@@ -364,18 +341,19 @@ class _Reach:
         self.m,hooks = m,_hooks(m)
         forward = vars(m).get('forward', inspect.getattr_static(type(m), 'forward'))
         forward = forward.__func__ if isinstance(forward, MethodType) and forward.__self__ is m else forward
-        seen = [(f, [{(m, 0)}]) for f in (forward, *hooks) if isinstance(f, FunctionType)]
-        self.anywhere = len(seen) <= len(hooks) or forward is nn.Module.forward or not called_plainly(m) or _holds_inside(m)
-        if self.anywhere: return
-        uses = Uses(m, seen)
-        self.used,self.lost = uses.used, uses.lost
-        self.anywhere = m in uses.lost
+        seen = [(getattr(h, '__func__', h), [set()]*isinstance(h, MethodType) + [{(m, 0)}]) for h in hooks]
+        unseen = not all(isinstance(f, FunctionType) for f in (forward, *(f for f,_ in seen))) or forward is nn.Module.forward or not called_plainly(m) or _holds_inside(m)
+        own,hooked = (Uses(m, [] if unseen else fs) for fs in ([(forward, [{(m, 0)}])], seen))
+        self.used,self.lost,self.by_hooks = own.used | hooked.used, own.lost | hooked.lost, hooked.used | hooked.lost
+        self.anywhere,self.hooked = unseen or m in self.lost, bool(hooks)
 
     def reaches(self, path):
         names = path.split('.')
         chain = [self.m.get_submodule('.'.join(names[:n+1])) for n in range(len(names))]
-        if self.anywhere: return len(chain) > 1
+        if self.anywhere: return self.hooked or len(chain) > 1
+        if chain[-1] in self.by_hooks: return True # besides what `m` itself calls
         if not self.lost.isdisjoint(chain[:-1]): return True
+        if type(last := (self.m, *chain)[-2]).forward is nn.Sequential.forward and len(chain) > 1 and not self.used.isdisjoint(last.children()): return True # one by one
         holds = lambda c, at: type(c).forward in (nn.Module.forward, nn.Sequential.forward) and _is_list(c) and at < len(chain) - 1
         return any(not holds(chain[at-1], at) for at,c in enumerate(chain) if at and c in self.used | self.lost)
 
