@@ -167,10 +167,12 @@ def _reshape(call, label, old, new, up):
         small += b if varies else (1,)*len(b)
         at += len(a)
     out = shrink(label.expand(full).reshape(small))
-    at = 0
-    for run in ((b if up else a) for a,b in runs):
-        _settled_run(call, out if up else label, at, len(run))
-        at += len(run)
+    at = made = 0 # the first axis of a run in what the call is given, and in what it gives
+    for given,gives in (run[::-1] if up else run for run in runs):
+        differs = any(n > 1 for n in (out if up else label).shape[at:at+len(given)])
+        whole = differs and max(len(given), len(gives)) > 1 and not call.odd <= {*range(made, made+len(gives))} # other axes may be elsewhere
+        _settled_run(call, out if up else label, *((0, len(call.args[0].shape)) if whole else (at, len(given))))
+        at,made = at+len(given), made+len(gives)
     return out
 
 RESHAPES = _unary('view reshape unflatten _unsafe_view view_as reshape_as',

@@ -46,6 +46,7 @@ class Call:
     opaque:bool=False # Is it a module that could not be looked into, and may do anything?
     index:int=0 # Its place in the order of the run
     literal:bool=False # In a recorded run, may a size in it be a number in the code?
+    odd:frozenset=frozenset() # Of a `view` in a recorded run: where its sizes are more than a number, or the size of an axis
 
     def __post_init__(self): self.inputs = values_in((self.args, self.kwargs))
     @property

@@ -17,12 +17,13 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .carry import PARTS, RESHAPES
 from .choices import comes_to, may_choose, may_loop
+from .runs import groups
 from .uses import taken_apart
 from .code import KINDS_ASKED, reading, variants
 from .flow import SHAPED_LIKE, Call, Entry, Flow, Value, mapped, naming, read_written_out, tensors_of, under, values_in
 from .held import held_in, uncollected
 from .left import read, shared_by, written
-from .known import METADATA, called_plainly, custom_op, is_plain, known_layer, plain_batchnorm
+from .known import METADATA, called_plainly, custom_op, is_plain, known_layer, name_of, plain_batchnorm
 from .shapes import shape_of, sizes_in
 from .standin import INPLACE, Impossible, Node, Opaque
 from .ways import trace_ways
@@ -258,15 +259,41 @@ def _trace_all(model, opaque, refused):
     return flow
 
 # %% ../../nbs/05_fold.trace.ipynb #e027daf8
+def _parted(new, old, sure, fixed):
+    "What is known of the sizes of a `view`: those that it makes of axes that are sure, if all of them but one are `fixed`, for that follows"
+    if 0 in new: return None
+    found,at = [],0
+    for a,b in groups(old, new):
+        loose = [i for i in range(len(found), len(found)+len(b)) if i not in fixed]
+        found += b if None not in sure[at:at+len(a)] and len(loose) <= 1 else (None,)*len(b)
+        at += len(a)
+    return tuple(found)
+
+def _sizes_given(call):
+    "The sizes with which a `view` is called, one by one"
+    return [call] if call.op in SHAPED_LIKE else [o for a in call.args[1:] for o in (a if isinstance(a, (tuple, list)) else [a])]
+
+def _is_size(n):
+    "Is it a number in the code, or the size of an axis as it is?"
+    return type(n) is int or isinstance(n, Node) and (name_of(n) in ('size', 'len') or name_of(n) == 'getitem' and type(n.args[1]) is int)
+
+def _as_written(given, views):
+    "Which places of the sizes `given` in a run are numbers in the code, and which are computed of more than one size"
+    alike = [v for v in views if len(v) == len(given)]
+    if views and not alike: return set(), frozenset(range(len(given)))
+    fixed = {i for i,n in enumerate(given) if all(type(v[i]) is int and v[i] == n for v in alike)}
+    return fixed, frozenset(i for v in alike for i,n in enumerate(v) if not _is_size(n))
+
 def note_sizes(
     flow:Flow, # A recorded run; changed
     symbolic:Flow, # The trace of the same model
 ):
     "Note what is known of the shapes of a run whatever the sizes of its input, and which `view`s are written with numbers"
     if not any(c.op in RESHAPES | PARTS | {'flatten', 'cat'} for c in flow.calls): return # nobody asks
-    sizes = {} # of the `view`s in each module
+    views = {} # the sizes of the `view`s in each module
     for c in symbolic.calls:
-        if c.op in RESHAPES: sizes.setdefault(c.module, []).extend([c] if c.op in SHAPED_LIKE else [o for a in c.args[1:] for o in (a if isinstance(a, (tuple, list)) else [a])])
+        if c.op in RESHAPES: views.setdefault(c.module, []).append(_sizes_given(c))
+    sizes = {m: [n for v in vs for n in v] for m,vs in views.items()}
     pools = {} # the sizes to which each module pools
     for c in symbolic.calls:
         if c.op.startswith('adaptive'): pools.setdefault(c.module, []).extend(sizes_in(o) for o in (*c.args[1:], *c.kwargs.values()))
@@ -282,6 +309,9 @@ def note_sizes(
         same = c.op in RESHAPES and not c.literal and c.outs[0].shape == c.args[0].shape # its sizes are computed, and it changes nothing
         shape = known(c.args[0]).shape if same else shape_of(c.op, *mapped((c.args, c.kwargs), Value, known)) if len(c.outs) == 1 and c.op not in RESHAPES else None
         if shape and by_size(c): shape = shape[:-int(c.op[-2])] + (None,)*int(c.op[-2])
+        if c.op in RESHAPES - {'unflatten'}:
+            fixed,c.odd = _as_written(_sizes_given(c), views.get(c.module, []))
+            if not same: shape = _parted(c.outs[0].shape, c.args[0].shape, known(c.args[0]).shape, fixed)
         if shape and c.op == 'batch_norm': shape = (shape[0], c.outs[0].shape[1], *shape[2:]) # it takes no other number of channels
         for v in c.outs: v.sure = unsure(v) if shape is None else shape
 
