@@ -7,6 +7,7 @@ __all__ = ['trace_flow', 'note_sizes', 'same_outline']
 
 # %% ../../nbs/05_fold.trace.ipynb #acd8da21
 import operator,threading
+from math import prod
 from operator import itemgetter
 
 import torch
@@ -261,7 +262,7 @@ def _trace_all(model, opaque, refused):
 # %% ../../nbs/05_fold.trace.ipynb #e027daf8
 def _parted(new, old, sure, fixed):
     "What is known of the sizes of a `view`: those that it makes of axes that are sure, if all of them but one are `fixed`, for that follows"
-    if 0 in new: return None
+    if 0 in new or prod(new) != prod(old): return None # which may be of another dtype
     found,at = [],0
     for a,b in groups(old, new):
         loose = [i for i in range(len(found), len(found)+len(b)) if i not in fixed]
