@@ -83,8 +83,73 @@ def by_two_loops(m, x):
 def by_enumerate(m, x):
     for l in m.nets:
         for _, k in enumerate(l): return k(x)
+def by_walrus(m, x): return (k := m.net) and k.conv(x)
+def by_starred(m, x):
+    a, *rest = [m.net, m.seq]
+    return rest[0][0](x) + a(x)
+def by_zip(m, x):
+    for _, k in zip(range(1), m.seq): return k(x)
+def by_dict_of_names(m, x):
+    for _, k in m.seq.named_children(): return k(x)
+def by_inner(m, x):
+    def inner(k=m.net): return k.conv(x)
+    return inner()
+def by_closure(m, x):
+    k = m.net
+    def inner(): return k.conv(x)
+    return inner()
+def by_with(m, x):
+    with Taken(m.net) as k: return k.conv(x)
+def by_try(m, x):
+    try: raise LookupError(m.net)
+    except LookupError as e: return e.args[0].conv(x)
+def by_deletion(m, x):
+    kept, m.net.bn = m.net.bn, nn.Identity()
+    y = m.net(x)
+    m.net.bn = kept
+    return y
+def by_hook(m, x):
+    seen = []
+    h = m.net.conv.register_forward_hook(lambda k, args, out: seen.append(out))
+    m.net(x)
+    h.remove()
+    return seen[0]
+def by_apply(m, x):
+    seen = []
+    m.net.apply(lambda k: seen.append(k(x)) if isinstance(k, nn.Conv2d) else None)
+    return seen[0]
+def by_append(m, x):
+    todo = []
+    todo.append(m.net)
+    return todo.pop().conv(x)
+def by_growing(m, x):
+    todo = [m.seq]
+    todo += [m.net]
+    return todo[-1].conv(x)
+def by_yield(m, x): return next(gives(m)).conv(x)
+def gives(m): yield m.net
+def by_kw(m, x): return takes_kw(net=m.net, x=x)
+def takes_kw(net, x): return net.conv(x)
+def by_args(m, x): return takes_all(x, m.net)
+def takes_all(x, *rest): return rest[0].conv(x)
+def by_spread(m, x): return takes_kw(**dict(net=m.net, x=x))
+def by_default(m, x, take=takes_kw): return take(m.net, x)
+def by_recursion(m, x): return deep(3, m, x)
+def deep(n, m, x): return deep(n-1, m, x) if n else m.net.conv(x)
+class Taken:
+    def __init__(self, k): self.k = k
+    def __enter__(self): return self.k
+    def __exit__(self, *_): pass
 
-others = dict(index=lambda m, x: m.seq[0](x), apart=lambda m, x: m.apart[0](x), slice=lambda m, x: m.seq[:1](x), loop=by_loop, unpacking=by_unpacking, getter=lambda m, x: get_conv(m)(x),
+others = dict(walrus=by_walrus, starred=by_starred, zipped=by_zip, names=by_dict_of_names, inner=by_inner, closure=by_closure, with_=by_with, try_=by_try, deleted=by_deletion, mode=lambda m, x: m.net.train(False).conv(x),
+              hook=by_hook, applied=by_apply, append=by_append, growing=by_growing, yields=by_yield, keyword=by_kw, args=by_args, spread=by_spread, default=by_default, recursion=by_recursion,
+              getattr_=lambda m, x: getattr(m.net, 'conv')(x), computed=lambda m, x: getattr(getattr(m, 'ne' + 't'), 'conv')(x), dunder=lambda m, x: m.__getattr__('net').conv(x),
+              children=lambda m, x: [*m.seq.children()][0](x), all_modules=lambda m, x: [k for k in m.net.modules() if isinstance(k, nn.Conv2d)][0](x), wrapped=lambda m, x: nn.Sequential(*m.seq[:1])(x),
+              of_type=lambda m, x: Convolves.forward(m.net, x), functional_call=lambda m, x: torch.func.functional_call(m.net, {'bn.weight': m.net.bn.weight*2}, (x,)), state=lambda m, x: m.state_dict()['net.bn.weight'].sum() + x,
+              named=lambda m, x: dict(m.net.named_parameters())['conv.weight'].sum() + x, vector=lambda m, x: nn.utils.parameters_to_vector(m.net.parameters()).sum() + x, deep_copied=lambda m, x: copy.deepcopy(m.seq)[0](x),
+              methodcaller=lambda m, x: operator.methodcaller('does2', x)(m), partial=lambda m, x: functools.partial(takes_kw, m.net)(x), buffers=lambda m, x: sum(b.sum() for b in m.net.buffers()) + x,
+              eps=lambda m, x: x*m.net.bn.running_var.mean(), called_by_name=lambda m, x: m.net.__getattr__('conv').__call__(x), stacked=lambda m, x: (lambda k: k.conv(x))(m.net), chosen=lambda m, x: (m.net if x.sum() < 9e9 else m.seq).conv(x),
+              index=lambda m, x: m.seq[0](x), apart=lambda m, x: m.apart[0](x), slice=lambda m, x: m.seq[:1](x), loop=by_loop, unpacking=by_unpacking, getter=lambda m, x: get_conv(m)(x),
               attrgetter=lambda m, x: operator.attrgetter('net.conv')(m)(x), eval=lambda m, x: eval('m.net.conv(x)'), helper=lambda m, x: Helper(m)(x), function=helps, takes=takes,
               first=lambda m, x: first(m.nets[0], x), two_loops=by_two_loops, enumerated=by_enumerate, local=by_local, in_a_list=by_match, copied=by_copy, weights=by_training,
               parameter=lambda m, x: F.conv2d(x, m.nets[1].get_parameter('conv.weight'), padding=1), functional=lambda m, x: F.conv2d(x, m.net.conv.weight, padding=1),
