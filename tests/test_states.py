@@ -411,6 +411,28 @@ def test_forward_that_raises(inplace):
         assert 'at work' in str(e.value)
         assert_untouched(model, before)
 
+class Sets(nn.Module):
+    "Changes what it holds whenever it runs"
+    def __init__(self, change): super().__init__(); self.conv, self.bn, self.change = conv(), nn.BatchNorm2d(4), change
+    def forward(self, x):
+        with torch.no_grad(): self.change(self)
+        return self.bn(self.conv(x))
+def set_(p, new): p.data = new
+changes = dict(data=lambda m: set_(m.conv.weight, m.conv.weight.data*.5), dtype=lambda m: set_(m.conv.bias, m.conv.bias.data.double()*.5), of_a_buffer=lambda m: set_(m.bn.running_mean, m.bn.running_mean*.5),
+               by_data=lambda m: m.bn.running_var.data.mul_(.5), in_place=lambda m: m.conv.weight.mul_(.5), training=lambda m: setattr(m.bn, 'training', True))
+
+
+@pytest.mark.parametrize('inplace', [False, True])
+@pytest.mark.parametrize('name', changes)
+def test_what_a_run_changes_is_put_back(name, inplace):
+    model = randomise(Sets(changes[name])).double()
+    before = snapshot(model)
+    want = [copy.deepcopy(model)(x) for _ in range(2)][1]
+    new = BN_Folder().fold(model, x, inplace=inplace)
+    if not inplace: assert_untouched(model, before)
+    torch.testing.assert_close(new(x), want)
+
+
 def test_no_hook_is_left_on_all_modules():
     "Nor a word of one: it would slow down every module in the process"
     hooks = lambda: {k: list(v) for k, v in vars(nn.modules.module).items() if k.startswith('_global_') and 'hook' in k and isinstance(v, dict)}

@@ -3,6 +3,7 @@ import copy, functools, itertools, operator, os, types, weakref
 
 import numpy as np, pytest, torch
 import torch.nn.functional as F
+from fastcore.foundation import L
 from torch import nn
 
 from fasterai.misc.bn_folding import BN_Folder
@@ -176,6 +177,25 @@ def weakly(m): ref = weakref.ref(m.net); m.held = lambda: ref().conv
 
 @pytest.mark.parametrize('make', [holds(in_a_list), holds(weakly), ByClass], ids=['list', 'weak', 'class'])
 def test_holds_a_module_by_another_name(make): same_for_all(make)
+
+
+class Wraps(nn.Module):
+    def __init__(self): super().__init__(); self.net = Net()
+    def __getattr__(self, name):
+        try: return super().__getattr__(name)
+        except AttributeError: return getattr(super().__getattr__('net'), name)
+    def forward(self, *xs): return self.conv(*xs) if xs[0].shape[-1] > 6 else self.net(*xs)
+def in_an_L(m): m.layers = L(m.net.children()); m.held = types.MethodType(lambda self: self.layers[0], m)
+
+@pytest.mark.parametrize('make', [Wraps, holds(in_an_L)], ids=['__getattr__', 'fastcore'])
+def test_reaches_a_layer_by_what_an_object_makes_of_it(make): same_for_all(make)
+
+
+asked = dict(kind=lambda m, y: y*2 if isinstance(m.net.bn, nn.BatchNorm2d) else y, attribute=lambda m, y: y*2 if hasattr(m.net.bn, 'running_mean') else y, type=lambda m, y: y*(1 + (type(m.net.bn) is nn.BatchNorm2d)),
+             number=lambda m, y: y*m.net.bn.num_features, name=lambda m, y: y*len(str(m.net.bn)), bias=lambda m, y: y if m.net.conv.bias is None else y*2, of_its_own=lambda m, y: y*2 if isinstance(m.net, Net) else y)
+
+@pytest.mark.parametrize('name', asked)
+def test_asks_a_layer_what_it_is(name): same_for_all(type('Asks', (Root,), dict(other=lambda self, x: asked[name](self, self.usual(x)))))
 
 
 def test_what_only_calls_its_children_folds():

@@ -90,6 +90,22 @@ def test_choices_without_an_if(forward, calls):
         folded(model, example, calls)
 
 
+def images(batch): return torch.stack([*batch['images']])
+by_a_number = dict(
+    part=(lambda m, b: m.bn(m.wide(images(b))[:, b['n']:b['n']+4]), 0, 4), narrow=(lambda m, b: m.bn(m.wide(images(b)).narrow(1, b['n'], 4)), 0, 4), shuffle=(lambda m, b: m.bn(F.channel_shuffle(m.conv(images(b)), b['n'])), 1, 2),
+    mode=(lambda m, b: m.deaf(F.pad(m.bn(images(b)), (1, 1, 1, 1), mode=b['n'])), 'reflect', 'constant'), drop=(lambda m, b: m.bn(F.dropout(m.conv(images(b)), 1., training=b['n'])), False, True),
+    transposed=(lambda m, b: m.bn(m.conv(images(b)).transpose(2, b['n'])), 3, 1), key=(lambda m, b: m.bn(sorted([m.conv(images(b)), m.conv2(images(b))], key=b['n'])[0]), lambda t: 0, lambda t: -t.sum()),
+    bias=(lambda m, b: m.bn(F.conv2d(images(b), m.conv.weight, b['n'])), None, torch.ones(4, dtype=torch.float64)))
+
+
+@pytest.mark.parametrize('name', by_a_number)
+def test_a_number_in_the_input_of_what_cannot_be_followed(name):
+    forward, *values = by_a_number[name]
+    for given in values:
+        model = net(forward, conv=conv(), conv2=conv(), bn=bn(), wide=conv(8), deaf=conv(padding=0))
+        folded(model, (dict(images=[*x[:, :, :4, :4]]*2, n=given),), [(dict(images=[*x[:, :, :4, :4]]*2, n=n),) for n in values])
+
+
 def far(x): return float(x.abs().max()) > 1e3
 class Features(Net):
     def features(self, x): return self.conv(x)

@@ -17,6 +17,7 @@ from contextlib import contextmanager, nullcontext
 from types import CellType, CodeType, FunctionType, MappingProxyType, MethodType, ModuleType, SimpleNamespace
 
 import torch
+from fastcore.foundation import L
 from torch import Tensor, nn
 
 # %% ../../nbs/01_fold.held.ipynb #80976ab6
@@ -72,7 +73,7 @@ def content(o):
     "What an object holds, as far as a `forward` would reach for it"
     if isinstance(o, (dict, UserDict, ChainMap, MappingProxyType, weakref.WeakValueDictionary, weakref.WeakKeyDictionary)): return [*o.keys(), *o.values()]
     if type(o).__module__ == 'numpy' and getattr(o, 'dtype', None) == object: return o.ravel().tolist()
-    if isinstance(o, UserList): return o.data
+    if isinstance(o, (UserList, L)): return [o.data if isinstance(o, UserList) else o.items]
     if isinstance(o, (list, tuple, set, frozenset, deque)): return o
     if isinstance(o, MethodType): return [o.__self__, *content(o.__func__)]
     if isinstance(o, FunctionType): return [*_closed_over(o), *(o.__defaults__ or ()), *(o.__kwdefaults__ or {}).values()]
@@ -249,9 +250,17 @@ def _differs(o, old):
     if isinstance(o, dict): return [*o] != [*old] or not all(map(operator.is_, o.values(), old.values()))
     return o != old if isinstance(o, set) else len(o) != len(old) or not all(map(operator.is_, o, old))
 
+def _place(t): return t.data_ptr(), t.dtype, t.device, t.shape, t.stride()
+
+def _is_plain(t): return type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided and not t.is_meta
+
+def _is_rewritten(t, version, old):
+    "Does a tensor hold other numbers? What is written by way of `.data`, or by a BatchNorm, has no new version"
+    return t._version != version or _is_plain(t) and not torch.equal(t, old) and torch.equal(old, old)
+
 class Memory:
     "What objects hold, and all that they reach: lists, dicts, sets, records, modules, cells of functions, tensors and NumPy arrays"
-    def __init__(self): self.seen,self.before,self.tensors,self.arrays,self.cells,self.slotted = set(),[],[],[],[],[]
+    def __init__(self): self.seen,self.before,self.tensors,self.places,self.arrays,self.cells,self.slotted = set(),[],[],[],[],[],[]
 
     def note(self, *objects):
         "Note what these hold now, and what they reach does"
@@ -259,9 +268,10 @@ class Memory:
         while todo:
             o = todo.pop()
             kind = type(o)
-            if kind in ATOMS or kind is nn.Parameter or id(o) in self.seen: continue
+            if kind in ATOMS or id(o) in self.seen: continue
             self.seen.add(id(o))
             if isinstance(o, Tensor):
+                if _is_plain(o): self.places.append((o, _place(o), o.detach()))
                 if not isinstance(o, nn.Parameter) and not o.is_inference(): self.tensors.append((o, o._version, o.detach().clone()))
                 continue
             if kind.__module__ == 'numpy' and hasattr(o, 'flags') and o.flags.writeable: self.arrays.append((o, o.copy()))
@@ -273,11 +283,13 @@ class Memory:
 
     def changed(self):
         "What holds something else by now, or in another order: a container, an object's `__dict__` or a tensor, and what it held"
-        return [(o, old) for o,old in self.before if _differs(o, old)] + [(t, old) for t,version,old in self.tensors if t._version != version]
+        return [(o, old) for o,old in self.before if _differs(o, old)] + [(t, old) for t,version,old in self.tensors if _is_rewritten(t, version, old)]
 
     def restore(self):
+        for t,place,old in self.places:
+            if _place(t) != place: t.data = old
         for o,old in self.changed():
-            if isinstance(o, Tensor): o.detach().copy_(old)
+            if isinstance(o, Tensor): o.data.copy_(old)
             else: put_back(o, old)
         for array,old in self.arrays: array[...] = old
         for cell,old in self.cells: cell.cell_contents = old

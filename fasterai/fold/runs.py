@@ -11,7 +11,7 @@ from math import prod
 # %% ../../nbs/02_fold.runs.ipynb #dbd27657
 def groups(a, b):
     "Cut two shapes of equal size, which is not zero, into runs of axes with equal products"
-    if not prod(a) == prod(b) != 0: raise ValueError(f'there is no reshape of {tuple(a)} to {tuple(b)} to be cut')
+    assert prod(a) == prod(b) != 0, (a, b)
     i = j = 0
     while i < len(a) or j < len(b):
         i0,j0,i,j = i,j,min(i+1, len(a)),min(j+1, len(b))

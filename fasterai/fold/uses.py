@@ -32,14 +32,18 @@ def _number(n):
 def _is_list(c): return isinstance(c, _lists) and all(getattr(type(c), n, None) is getattr(k, n, None) for k in _lists if isinstance(c, k) for n in _fetching)
 
 _asking = {'len', 'isinstance', 'hasattr', 'type', 'id', 'bool', 'print', 'callable', 'repr', 'str'}
+_of_kind = {'isinstance', 'hasattr', 'type', 'repr', 'str'} # and a layer may be another one when all is folded
 _listing = {'iter', 'reversed', 'list', 'tuple', 'sorted'} # the parts
 _of_python = {*_asking, *_listing, 'enumerate', 'zip', 'next', 'getattr', 'super'}
 _out_of_sight = {'vars', 'eval', 'exec', 'locals', 'globals', '__import__', '_getframe', 'currentframe', 'get_objects', 'get_referrers', 'getmembers', 'set_default_dtype', 'set_default_device', 'set_default_tensor_type'}
 _growing = {'append', 'appendleft', 'insert', 'add', 'extend'}
 _plain_facts,_plain = {'training', '_get_name', 'extra_repr', '__class__'}, (*ATOMS, bool, list, tuple, dict, set)
 
+def _may_change(c): return not c._modules and bool(c._parameters or c._buffers)
+
 def _is_fact(c, name):
-    "Is the attribute `name` of `c` a number, a name, or a container of such?"
+    "Is the attribute `name` of `c` a number, a name, or a container of such, which stays as it is?"
+    if _may_change(c): return False
     v = vars(c).get(name, inspect.getattr_static(type(c), name, c))
     if isinstance(v, property): return _tells_a_fact(c, v.fget)
     return name in _plain_facts or type(v) is Tensor or type(v) in _plain and not held_in(v, (nn.Module, Tensor, FunctionType, MethodType))
@@ -245,7 +249,9 @@ def own(self:Uses, name):
         if isinstance(v, MethodType) and v.__self__ is self.m: self.run(v.__func__, [{(self.m, 0)}])
         return
     if name in (*self.m._parameters, *self.m._buffers, *_plain_facts): return
-    for v in (vars(k)[name] for k in type(self.m).__mro__ if name in vars(k)):
+    of_class = [vars(k)[name] for k in type(self.m).__mro__ if name in vars(k)]
+    if not of_class and type(self.m).__getattr__ is not nn.Module.__getattr__: return self.none_is_safe()
+    for v in of_class:
         if isinstance(v, (staticmethod, classmethod)) or not hasattr(type(v), '__get__'): continue
         functions = [v.fget] if isinstance(v, property) else behind(v)
         if not all(isinstance(f, FunctionType) for f in functions) or any(package_of(f) == 'torch' and not f.__closure__ for f in functions): return self.none_is_safe()
@@ -278,6 +284,7 @@ def listed(self:Uses, how, of):
 @patch
 def of_python(self:Uses, name, n):
     given = [self.value(a) for a in n.args]
+    if name in _of_kind: self.lose({(c, d) for tags in given for c,d in tags if _may_change(c)})
     if name in _asking: return set()
     if name == 'super': return {(self.m, 0)}
     if name == 'getattr': return self.by_name(n, given)
@@ -290,6 +297,7 @@ def by_name(self:Uses, n, given):
     if isinstance(n.args[1], ast.Constant): return self.attribute(given[0], n.args[1].value) | set().union(*given[2:])
     self.lose({(c, d) for c,d in given[0] if c is not self.m or d} | set().union(*given[1:]))
     if (self.m, 0) not in given[0]: return set()
+    if type(self.m).__getattr__ is not nn.Module.__getattr__: self.none_is_safe()
     for name in {a for k in type(self.m).__mro__ if package_of(k) != 'torch' for a,f in vars(k).items() if hasattr(type(f), '__get__') and not a.startswith('__')}: self.own(name)
     return {(k, 0) for k in self.m._modules.values() if k is not None}
 
