@@ -91,7 +91,8 @@ def may_choose(
     if any(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters(type(m).forward)): return True
     functions,own = functions_of(m), _own_functions(m) if of_kinds else ()
     if of_kinds: functions = [f for f in functions if f in own or not (asks_kinds(f) or package_of(f) == 'functools')]
-    return any(_chooses(code, at, [c for c in codes if c is not code]) for f in functions for codes in [instructions(f)] for code in codes for at in range(len(code)))
+    codes = [code for f in functions for code in instructions(f)]
+    return any(_chooses(code, at, others) for code in codes for others in [[c for c in codes if c is not code]] for at in range(len(code)))
 
 def may_loop(
     m:nn.Module,

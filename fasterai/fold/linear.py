@@ -6,6 +6,8 @@
 __all__ = ['KINDS', 'SERIES', 'PARALLEL', 'Geometry', 'geometry', 'seen', 'sees_one_place', 'fits', 'plan_linear']
 
 # %% ../../nbs/07_fold.linear.ipynb #84543d42
+from collections.abc import Callable
+from functools import cache
 from math import prod
 from typing import NamedTuple
 
@@ -14,7 +16,7 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .carry import CARRIERS, ORDERS, PARTS, SAME, Stop
+from .carry import BY_SIZE, CARRIERS, ORDERS, SAME, Stop
 from .finder import Absorb, Finder
 from .flow import Call, Flow, Value, altered, naming
 from .layers import LAYERS, LayerCall, in_channels, layer_call, out_channels
@@ -91,8 +93,7 @@ def sees_one_place(
     return g.margins is not None and {*g.kernel, *g.stride} <= {1} and not any(g.margins)
 
 # %% ../../nbs/07_fold.linear.ipynb #9abe7f40
-_any_size = CARRIERS.keys() - PARTS - set('''view reshape unflatten _unsafe_view view_as reshape_as squeeze cat concat concatenate add sub
-                                              pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle'''.split()) # they are written for any number of channels
+_any_size = CARRIERS.keys() - BY_SIZE - {'cat', 'concat', 'concatenate', 'add', 'sub'} # they are written for any number of channels
 
 @patch
 def series(self:Finder, row, calls, before):
@@ -181,11 +182,13 @@ def plan_linear(
     symbolic:Flow|None=None, # With a recorded run: the symbolic trace
     keep:dict|None=None, # Layers to keep, by name, with the reason
     sides:dict=SERIES, # What is looked for: `SERIES`, `PARALLEL` or both
+    others:Callable=list, # With a recorded run: `others()` gives runs at other sizes, where they are needed
 )->Plan: # Of the layers that go, and no others
     "Which linear layers, and BatchNorms, can be merged with another layer"
     finder,rows,changed = Finder(flow, symbolic),[],{}
-    traced = {r.name: r for r in plan_linear(symbolic, keep=keep, sides=sides)} if symbolic else {}
-    confirm = in_all_ways(flow, symbolic, traced) if symbolic else None
+    by_name = lambda *flows: {r.name: r for r in plan_linear(*flows, keep=keep, sides=sides)}
+    traced = by_name(symbolic) if symbolic else {}
+    confirm = in_all_ways(flow, symbolic, traced, cache(lambda: [by_name(o, symbolic) for o in others()])) if symbolic else None
     for name,calls in finder.calls_of.items():
         calls = [c for c in calls if c.op in LAYERS or c.op == 'batch_norm' and isinstance(flow.modules[name], _BatchNorm)]
         if not calls or name in changed or name in (keep or {}): continue

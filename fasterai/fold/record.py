@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .carry import PARTS, RESHAPES, SAME
+from .carry import BY_SIZE, SAME
 from .known import custom_op
 from .flow import Entry, Flow, Value, mapped, read_written_out, values_in
 from .held import same_random_state, untouched, young_garbage
@@ -60,7 +60,6 @@ _makers = {'tensor', 'as_tensor', 'asarray', 'new_tensor', 'new', 'sparse_coo_te
 _leaks = {'numpy', 'tolist', '__array__', '__index__', '__int__', '__float__', '__complex__', 'data_ptr', '__dlpack__', 'storage', 'untyped_storage', 'share_memory_', 'apply_', 'map_', 'map2_', '__repr__', '__str__', '__format__', '__reduce_ex__', '__deepcopy__', '__cuda_array_interface__'}
 
 _as_given = SAME | {'alias', 'flatten'} # give what they are given, whatever its size
-_by_size = RESHAPES | PARTS # may give what they are given at one size, and something else at another
 
 def _is_whole(x, dim=0, start=None, end=None, step=1): return not start and (end is None or end >= sys.maxsize) and step == 1
 
@@ -107,7 +106,7 @@ class _Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         for t in written: self.memory.write(t)
         whole = op == 'slice' and _is_whole(*args, **kwargs)
-        new = [self.result(t, op in _by_size and not whole) for t in [*written, *values_in(out, Tensor)]]
+        new = [self.result(t, op in BY_SIZE and not whole) for t in [*written, *values_in(out, Tensor)]]
         made = [v for v,fresh in new if fresh]
         if not made and not written and not whole and op not in _as_given: # it gives what it was given, as it is written perhaps for this size alone
             for v in values_in(taken): v.asked = True

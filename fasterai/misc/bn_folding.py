@@ -7,7 +7,7 @@ __all__ = ['FoldError', 'unwrapped', 'learner_example', 'BN_Folder']
 
 # %% ../../nbs/10_misc.bn_folding.ipynb #101cbbd8
 from contextlib import ExitStack
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from ..fold.plan import NEIGHBOURS, THROUGH, Plan, plan_folds
 from ..fold.record import record_flow
 from ..fold.report import Report
 from ..fold.scale import read_norms, read_parameters, read_scales
+from ..fold.sizes import flows_at_other_sizes
 from ..fold.trace import note_sizes, same_outline, trace_flow
 from ..fold.verify import Difference, cloned, compare, count_parameters, difference, first_difference, run, tensors_in, to_double, tolerance, tolerance_for
 
@@ -212,15 +213,24 @@ class _Fold:
         self.model,self.example,self.keep,self.planned,self.undo,self.heirs = model,(xs, kwargs) if xs or kwargs else None,{},planned,lambda: None,True
         self.recorded,self.out = _recorded(model, self.example) if self.example else (None, None)
         self.traced = trace_flow(model) # now: what hooks keep of a run is the same when the code is traced again
-        if self.recorded: note_sizes(self.recorded, self.traced)
-        without = {}
-        for flow in filter(None, (self.traced, self.recorded) if scales else ()):
-            read_norms(flow)
-            read_scales(flow)
-            read_parameters(flow, without)
+        self.scales,self.without,self.others = scales,{},cache(self._others)
+        self.read(self.traced)
+        if self.recorded: self.read_run(self.recorded)
+
+    def read(self, flow):
+        for f in (read_norms, read_scales, partial(read_parameters, without=self.without)) if self.scales else (): f(flow)
+
+    def read_run(self, flow):
+        note_sizes(flow, self.traced)
+        self.read(flow)
+
+    def _others(self):
+        flows = flows_at_other_sizes(self.model, *self.example, _known)
+        for flow in flows: self.read_run(flow)
+        return flows
 
     def plan(self):
-        with plain_device(): plan = self.planned(self.recorded or self.traced, self.traced if self.recorded else None, self.keep)
+        with plain_device(): plan = self.planned(self.recorded, self.traced, self.keep, others=self.others) if self.recorded else self.planned(self.traced, keep=self.keep)
         return plan if self.heirs else Plan(tuple(altered(r, heir='') for r in plan))
 
     def weights(self):
