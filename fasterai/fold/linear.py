@@ -182,13 +182,13 @@ def plan_linear(
     symbolic:Flow|None=None, # With a recorded run: the symbolic trace
     keep:dict|None=None, # Layers to keep, by name, with the reason
     sides:dict=SERIES, # What is looked for: `SERIES`, `PARALLEL` or both
-    others:Callable=list, # With a recorded run: `others()` gives runs at other sizes, where they are needed
+    others:Callable|None=None, # With a recorded run: `others()` gives runs at other sizes, where they are asked for
 )->Plan: # Of the layers that go, and no others
     "Which linear layers, and BatchNorms, can be merged with another layer"
     finder,rows,changed = Finder(flow, symbolic),[],{}
     by_name = lambda *flows: {r.name: r for r in plan_linear(*flows, keep=keep, sides=sides)}
     traced = by_name(symbolic) if symbolic else {}
-    confirm = in_all_ways(flow, symbolic, traced, cache(lambda: [by_name(o, symbolic) for o in others()])) if symbolic else None
+    confirm = in_all_ways(flow, symbolic, traced, others and cache(lambda: [by_name(o, symbolic) for o in others()])) if symbolic else None
     for name,calls in finder.calls_of.items():
         calls = [c for c in calls if c.op in LAYERS or c.op == 'batch_norm' and isinstance(flow.modules[name], _BatchNorm)]
         if not calls or name in changed or name in (keep or {}): continue

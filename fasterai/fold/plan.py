@@ -239,7 +239,7 @@ def in_all_ways(
     flow:Flow, # A recorded run
     symbolic:Flow, # The symbolic trace of the same model
     rows:dict, # What is planned from the trace alone, by name
-    elsewhere:Callable=list, # `elsewhere()`: the same for each run at another size
+    elsewhere:Callable|None=None, # `elsewhere()`: what is planned from each run at another size, where that is asked
 )->Callable: # `of(name)` gives a check of a `Row`, which returns it or raises `Stop`
     "Holds what a recorded run shows against all the ways that a `forward` can take"
     parts = lambda row: (row.through, row.joins, {(a.weight, a.before) for a in row.absorbs})
@@ -271,7 +271,7 @@ def in_all_ways(
                 if at is None: at = next((m for m in sorted(inside & (symbolic.looping | symbolic.apart)) if not all(m in c.stack for c in way)), None) # one of several that it gives
                 if at is None and unseen: at = shared
                 if at is not None: raise Stop(f'{naming(at)} chooses its way by its input, and not every way is known to allow it')
-            if any(c.op in BY_SIZE for way in ways for c in way) and any(name not in other or parts(other[name]) != parts(row) for other in elsewhere()): raise Stop('at another size of its input the model does something else with it')
+            if elsewhere and any(c.op in BY_SIZE for way in ways for c in way) and not (elsewhere() and all(name in other and parts(other[name]) == parts(row) for other in elsewhere())): raise Stop('at another size of its input the model does something else with it')
             return altered(row, alone=False)
         return check
     return of
@@ -297,14 +297,14 @@ def plan_folds(
     symbolic:Flow|None=None, # With a recorded run: the symbolic trace
     keep:dict|None=None, # BatchNorms to keep, by name, with the reason
     sides:dict=NEIGHBOURS, # Where absorbers are looked for: `NEIGHBOURS` or `THROUGH`
-    others:Callable=list, # With a recorded run: `others()` gives runs at other sizes, where they are needed
+    others:Callable|None=None, # With a recorded run: `others()` gives runs at other sizes, where they are asked for
 )->Plan: # Depends on the model's structure, not on its values
     "What becomes of every BatchNorm of `flow`'s model"
     keep,traced,confirm = keep or {},{},None
     if symbolic:
         by_name = lambda *flows: {r.name: r for r in plan_folds(*flows, keep=keep, sides=sides)}
         traced = by_name(symbolic)
-        confirm = in_all_ways(flow, symbolic, traced, cache(lambda: [by_name(o, symbolic) for o in others()]))
+        confirm = in_all_ways(flow, symbolic, traced, others and cache(lambda: [by_name(o, symbolic) for o in others()]))
     rows = Finder(flow, symbolic).judged(keep, sides, confirm)
     for name in dict.fromkeys([*(n for n,m in flow.model.named_modules() if isinstance(m, _BatchNorm) or n in traced), *traced]):
         if name in rows: continue

@@ -6,6 +6,8 @@
 __all__ = ['flows_at_other_sizes']
 
 # %% ../../nbs/08_fold.sizes.ipynb #51a00002
+from itertools import cycle
+
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -21,10 +23,12 @@ def _axes(example):
     return list(dict.fromkeys((d, n) for t in tree_leaves(example) if isinstance(t, Tensor) for d,n in enumerate(t.shape)))
 
 def _changes(axes):
-    "What to try: the batch and all that comes after the channels at once, or, where that does not run, each axis by itself; and a batch of one"
-    batch,rest = {a: a[1]+1 for a in axes if a[0] == 0}, [a for a in axes if a[0]]
-    places = {a: a[1]*(2+i) for i,a in enumerate(a for a in rest if a[0] > 1)}
-    return [[batch | places], [batch, *({a: a[1]*2} for a in rest)] if rest else []], [{a: 1 for a in batch if a[1] > 1}]
+    "What to try: the batch and all that comes after the channels at once, or, where that does not run, alike; or one after the other. And a batch of one"
+    batch,places = ([a for a in axes if test(a[0])] for test in (lambda d: d == 0, lambda d: d > 1))
+    times = lambda n, axes: {a: a[1]*n for a in axes}
+    apart = times(7, batch) | {a: a[1]*prime for a,prime in zip(places, cycle((2, 3, 5)))}
+    singly = [{a: a[1]+1 for a in batch}, times(2, batch), times(2, places), *(times(2, [a]) for a in axes if a[0])]
+    return [[apart], [times(3, batch) | times(2, places)], singly, [{a: 1 for a in batch if a[1] > 1}]]
 
 def _resized(example, change):
     "The same with other sizes, and without numbers"
@@ -50,7 +54,7 @@ def flows_at_other_sizes(
         except Exception: return [] # it takes no such input, or goes by what is in it
     try: bare = copied(model, {id(t): _on_meta(t) for t in held_in(model, Tensor)})
     except Exception: return [] # it can't be copied
-    found,(several,one) = [],_changes(_axes((args, kwargs)))
+    found,(*several,one) = [],_changes(_axes((args, kwargs)))
     for changes in several:
-        if not found: found = [flow for c in changes for flow in attempt(c)]
+        if not found: found = [flow for c in changes if c for flow in attempt(c)]
     return found + [flow for c in one if c for flow in attempt(c)]

@@ -32,7 +32,7 @@ def _number(n):
 def _is_list(c): return isinstance(c, _lists) and all(getattr(type(c), n, None) is getattr(k, n, None) for k in _lists if isinstance(c, k) for n in _fetching)
 
 _asking = {'len', 'isinstance', 'hasattr', 'type', 'id', 'bool', 'print', 'callable', 'repr', 'str'}
-_of_kind = {'isinstance', 'hasattr', 'type', 'repr', 'str'} # and a layer may be another one when all is folded
+_of_kind,_as_text = {'isinstance', 'hasattr', 'type'}, {'repr', 'str'} # and a layer may be another one when all is folded
 _listing = {'iter', 'reversed', 'list', 'tuple', 'sorted'} # the parts
 _of_python = {*_asking, *_listing, 'enumerate', 'zip', 'next', 'getattr', 'super'}
 _out_of_sight = {'vars', 'eval', 'exec', 'locals', 'globals', '__import__', '_getframe', 'currentframe', 'get_objects', 'get_referrers', 'getmembers', 'set_default_dtype', 'set_default_device', 'set_default_tensor_type'}
@@ -181,7 +181,7 @@ def of_Compare(self:Uses, n):
     return set()
 
 @patch
-def of_FormattedValue(self:Uses, n): self.value(n.value); return set()
+def of_FormattedValue(self:Uses, n): return self.lose(self.value(n.value))
 
 @patch
 def of_List(self:Uses, n): return {(c, d+1) for e in n.elts for c,d in self.value(e)}
@@ -285,6 +285,7 @@ def listed(self:Uses, how, of):
 def of_python(self:Uses, name, n):
     given = [self.value(a) for a in n.args]
     if name in _of_kind: self.lose({(c, d) for tags in given for c,d in tags if _may_change(c)})
+    if name in _as_text: self.lose(set().union(*given))
     if name in _asking: return set()
     if name == 'super': return {(self.m, 0)}
     if name == 'getattr': return self.by_name(n, given)

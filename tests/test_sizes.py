@@ -1,0 +1,133 @@
+"Sizes that agree on the example by chance, and not on another call: each was once folded, wrongly. Beside each what stays the same at every size, and folds."
+import operator
+
+import pytest, torch
+import torch.nn.functional as F
+from torch import nn
+
+from fasterai.misc.bn_folding import BN_Folder
+from helpers import net, randomise
+from test_ways import bn, conv, folded
+
+
+def images(*size): return torch.randn(*size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+def sized(y): return y, *y.shape
+def one_place(m, x):
+    y = F.avg_pool2d(m.conv(x), 8)
+    return m.bn(y.reshape(-1, y.shape[1], 1, 1))
+def columns(m, x):
+    y = m.bn(F.avg_pool2d(m.conv(x).relu(), 8))
+    return m.fc(y.view(y.shape[0], -1)[:, :4])
+def tokens(m, x):
+    y, n, l, c = sized(m.fc(x))
+    return m.bn(y.flatten(1).reshape(n, c, 1, -1))
+def squeezed(m, x): return m.bn1(m.fc(x).transpose(1, 2).squeeze())
+def batch_and_length(m, x):
+    y, n, l, c = sized(m.fc(x))
+    return m.bn1(y.permute(1, 2, 0).reshape(n, c, -1))
+def batch_and_width(m, x):
+    y, n, c, h, w = sized(m.conv(x))
+    return m.bn1(y.permute(3, 1, 2, 0).reshape(n, c, -1))
+def width_first(m, x):
+    y, n, c, h, w = sized(m.conv(x))
+    return m.bn1(y.reshape(w, c, h*n))
+def square(m, x):
+    y, n, c, h, w = sized(m.conv(x))
+    return m.bn(y.transpose(1, 2).reshape(-1, c, w, w) if m.turned else y.reshape(-1, c, w, w))
+def all_ones(m, x):
+    y, n, c, h = sized(m.conv1(x))
+    return m.bn(y.transpose(0, 2).reshape(n, c, -1, 1))
+def only_if_square(m, x):
+    y, n, c, h, w = sized(F.avg_pool2d(m.conv(x), 4))
+    return m.bn1(y.reshape(w, -1, w))
+def by_numel(m, x):
+    y, n, c, h, w = sized(F.avg_pool2d(m.conv(x), 4))
+    return m.bn(y.reshape(w, h*w, y.numel()//c//n, -1))
+
+@pytest.mark.parametrize('forward, sizes', [
+    (one_place, [(2, 4, 8, 8), (2, 4, 16, 16)]), (columns, [(2, 4, 8, 8), (2, 4, 16, 16)]), (tokens, [(2, 1, 4), (2, 5, 4)]), (squeezed, [(2, 4, 4), (1, 4, 4)]),
+    (batch_and_length, [(2, 2, 4), (2, 3, 4)]), (batch_and_width, [(4, 4, 8, 4), (4, 4, 8, 6)]), (width_first, [(4, 4, 8, 4), (4, 4, 8, 6)]), (square, [(2, 4, 8, 8), (2, 4, 16, 4)]),
+    (all_ones, [(1, 4, 1), (2, 4, 4)]), (only_if_square, [(1, 4, 4, 4), (1, 4, 8, 8)]), (by_numel, [(2, 4, 8, 8), (4, 4, 8, 8)])], ids=lambda o: getattr(o, '__name__', ''))
+def test_sizes_that_agree_by_chance(forward, sizes):
+    calls = [(images(*s),) for s in sizes]
+    for example in ((), *calls):
+        model = net(forward, conv=conv(), conv1=nn.Conv1d(4, 4, 1), fc=nn.Linear(4, 4), bn=bn(), bn1=nn.BatchNorm1d(4))
+        model.turned = True
+        folded(model, example, calls)
+
+
+def flat(m, x):
+    y, n, c, h, w = sized(m.conv(x))
+    return m.bn1(y.view(n, c, h*w))
+def back(m, x):
+    y, n, l, c = sized(m.fc(x))
+    return m.bn(y.transpose(1, 2).reshape(n, c, l, 1))
+def shuffled(m, x):
+    y, n, c, h, w = sized(m.bn(m.conv(x)))
+    return m.conv(y.view(n, 2, c//2, h, w).transpose(1, 2).reshape(n, c, h, w))
+def squeezed_place(m, x): return m.bn1(F.adaptive_avg_pool2d(m.conv(x), 1).squeeze(-1).squeeze(-1))
+def heads(m, x):
+    n, l, c = x.shape
+    return m.bn1(m.fc(x).reshape(n, l, 2, c//2).permute(0, 2, 3, 1).flatten(1, 2))
+
+@pytest.mark.parametrize('forward, sizes', [(flat, [(2, 4, 8, 8), (3, 4, 9, 7)]), (back, [(4, 4, 4), (3, 5, 4)]), (shuffled, [(4, 4, 4, 4), (1, 4, 5, 7)]), (squeezed_place, [(4, 4, 4, 4), (2, 4, 5, 5)]), (heads, [(2, 4, 4), (3, 5, 4)])],
+                         ids=lambda o: getattr(o, '__name__', ''))
+def test_what_is_the_same_at_every_size_folds(forward, sizes):
+    "also where sizes agree on the example"
+    calls = [(images(*s),) for s in sizes]
+    assert folded(net(forward, conv=conv(), fc=nn.Linear(4, 4), bn=bn(), bn1=nn.BatchNorm1d(4)), calls[0], calls).folded == 1
+
+
+class Apart(nn.Module):
+    "A comprehension makes a value for each; who takes one of them is another function"
+    def __init__(self): super().__init__(); self.conv, self.bn = conv(), bn()
+    def features(self, images): return [self.conv(i) for i in images]
+    def head(self, ys): return torch.cat([self.bn(ys[0]), *ys[1:]])
+    def forward(self, images): return self.head(self.features(images))
+def first(ys, bn): return torch.cat([bn(ys[0]), *ys[1:]])
+class ByAFunction(Apart):
+    def forward(self, images): return first(self.features(images), self.bn)
+
+@pytest.mark.parametrize('kind', [Apart, ByAFunction])
+def test_one_of_several_that_another_function_takes(kind):
+    x = images(2, 4, 8, 8)
+    for example in ((), ([x],), ([x, x],)): folded(randomise(kind()).double(), example, [([x],), ([x, x],)])
+
+
+def stacked(batch): return torch.stack([*batch])
+named = dict(
+    submodule=(lambda m, b, o: m.bn(m.get_submodule(o)(stacked(b))), 'conv', 'one'), getter=(lambda m, b, o: m.bn(operator.attrgetter(o)(m)(stacked(b))), 'conv', 'one'),
+    caller=(lambda m, b, o: m.bn(operator.methodcaller(o, stacked(b))(m)), 'conv', 'one'), default=(lambda m, b, o: m.bn({'a': m.conv, 'b': m.one}.setdefault(o, m.conv)(stacked(b))), 'a', 'b'),
+    function=(lambda m, b, o: m.bn(o(m.conv(stacked(b)))), lambda y: y, lambda y: y.relu()), dtype=(lambda m, b, o: m.bn(m.conv(stacked(b)).to(o).double()), torch.float64, torch.bfloat16))
+
+@pytest.mark.parametrize('way', named)
+def test_a_name_or_a_function_in_the_input(way):
+    forward, *given = named[way]
+    batch = [*images(2, 4, 4, 4)]
+    for o in given:
+        model = net(forward, conv=conv(), one=nn.Conv2d(4, 4, 1), bn=bn())
+        folded(model, (batch, o), [(batch, g) for g in given])
+
+
+def test_no_run_at_another_size_is_no_proof():
+    def forward(m, x):
+        if x.sum() > 1e9: return x
+        y, n, c, h, w = sized(m.conv(x))
+        return m.bn1(y.view(n, c, h*w)) if x.shape == (2, 4, 8, 8) else y.view(n, c, h*w)
+    model = net(forward, conv=conv(), bn1=nn.BatchNorm1d(4))
+    folded(model, (images(2, 4, 8, 8),), [(images(2, 4, 8, 8),), (images(3, 4, 8, 8),)])
+
+
+@pytest.mark.parametrize('numbers', [True, False])
+def test_runs_at_other_sizes_leave_nothing_behind(numbers):
+    "nor does one that fails"
+    def forward(m, x):
+        m.seen.append(x)
+        m.calls += 1
+        if m.numbers: float(x.sum())
+        y, n, c, h, w = sized(m.conv(x))
+        return m.bn1(y.view(n, c, h*w))
+    model = net(forward, conv=conv(), bn1=nn.BatchNorm1d(4))
+    model.seen, model.calls, model.numbers = [], 0, numbers
+    new = BN_Folder().fold(model, images(2, 4, 8, 8))
+    for m in (model, new): assert m.seen == [] and m.calls == 0 and not any(t.is_meta for t in m.state_dict().values())
