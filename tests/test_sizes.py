@@ -11,7 +11,6 @@ from test_ways import bn, conv, folded
 
 
 def images(*size): return torch.randn(*size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-def sized(y): return y, *y.shape
 def one_place(m, x):
     y = F.avg_pool2d(m.conv(x), 8)
     return m.bn(y.reshape(-1, y.shape[1], 1, 1))
@@ -19,29 +18,37 @@ def columns(m, x):
     y = m.bn(F.avg_pool2d(m.conv(x).relu(), 8))
     return m.fc(y.view(y.shape[0], -1)[:, :4])
 def tokens(m, x):
-    y, n, l, c = sized(m.fc(x))
+    y = m.fc(x)
+    n, l, c = y.shape
     return m.bn(y.flatten(1).reshape(n, c, 1, -1))
 def squeezed(m, x): return m.bn1(m.fc(x).transpose(1, 2).squeeze())
 def batch_and_length(m, x):
-    y, n, l, c = sized(m.fc(x))
+    y = m.fc(x)
+    n, l, c = y.shape
     return m.bn1(y.permute(1, 2, 0).reshape(n, c, -1))
 def batch_and_width(m, x):
-    y, n, c, h, w = sized(m.conv(x))
+    y = m.conv(x)
+    n, c, h, w = y.shape
     return m.bn1(y.permute(3, 1, 2, 0).reshape(n, c, -1))
 def width_first(m, x):
-    y, n, c, h, w = sized(m.conv(x))
+    y = m.conv(x)
+    n, c, h, w = y.shape
     return m.bn1(y.reshape(w, c, h*n))
 def square(m, x):
-    y, n, c, h, w = sized(m.conv(x))
+    y = m.conv(x)
+    n, c, h, w = y.shape
     return m.bn(y.transpose(1, 2).reshape(-1, c, w, w) if m.turned else y.reshape(-1, c, w, w))
 def all_ones(m, x):
-    y, n, c, h = sized(m.conv1(x))
+    y = m.conv1(x)
+    n, c, h = y.shape
     return m.bn(y.transpose(0, 2).reshape(n, c, -1, 1))
 def only_if_square(m, x):
-    y, n, c, h, w = sized(F.avg_pool2d(m.conv(x), 4))
+    y = F.avg_pool2d(m.conv(x), 4)
+    n, c, h, w = y.shape
     return m.bn1(y.reshape(w, -1, w))
 def by_numel(m, x):
-    y, n, c, h, w = sized(F.avg_pool2d(m.conv(x), 4))
+    y = F.avg_pool2d(m.conv(x), 4)
+    n, c, h, w = y.shape
     return m.bn(y.reshape(w, h*w, y.numel()//c//n, -1))
 
 @pytest.mark.parametrize('forward, sizes', [
@@ -57,14 +64,17 @@ def test_sizes_that_agree_by_chance(forward, sizes):
 
 
 def flat(m, x):
-    y, n, c, h, w = sized(m.conv(x))
+    y = m.conv(x)
+    n, c, h, w = y.shape
     return m.bn1(y.view(n, c, h*w))
 def back(m, x):
-    y, n, l, c = sized(m.fc(x))
+    y = m.fc(x)
+    n, l, c = y.shape
     return m.bn(y.transpose(1, 2).reshape(n, c, l, 1))
 def shuffled(m, x):
-    y, n, c, h, w = sized(m.bn(m.conv(x)))
-    return m.conv(y.view(n, 2, c//2, h, w).transpose(1, 2).reshape(n, c, h, w))
+    y = m.bn(m.conv(x))
+    n, c, h, w = y.shape
+    return m.fc(y.view(n, 2, c//2, h, w).transpose(1, 2).reshape(n, c, h, w).mean((2, 3)))
 def squeezed_place(m, x): return m.bn1(F.adaptive_avg_pool2d(m.conv(x), 1).squeeze(-1).squeeze(-1))
 def heads(m, x):
     n, l, c = x.shape
@@ -112,7 +122,8 @@ def test_a_name_or_a_function_in_the_input(way):
 def test_no_run_at_another_size_is_no_proof():
     def forward(m, x):
         if x.sum() > 1e9: return x
-        y, n, c, h, w = sized(m.conv(x))
+        y = m.conv(x)
+        n, c, h, w = y.shape
         return m.bn1(y.view(n, c, h*w)) if x.shape == (2, 4, 8, 8) else y.view(n, c, h*w)
     model = net(forward, conv=conv(), bn1=nn.BatchNorm1d(4))
     folded(model, (images(2, 4, 8, 8),), [(images(2, 4, 8, 8),), (images(3, 4, 8, 8),)])
@@ -125,7 +136,8 @@ def test_runs_at_other_sizes_leave_nothing_behind(numbers):
         m.seen.append(x)
         m.calls += 1
         if m.numbers: float(x.sum())
-        y, n, c, h, w = sized(m.conv(x))
+        y = m.conv(x)
+        n, c, h, w = y.shape
         return m.bn1(y.view(n, c, h*w))
     model = net(forward, conv=conv(), bn1=nn.BatchNorm1d(4))
     model.seen, model.calls, model.numbers = [], 0, numbers

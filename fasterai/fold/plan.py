@@ -45,6 +45,9 @@ class Row:
     groups:int=1 # Its own, if it does
     merged:tuple=() # Name of a module that merged itself with the BatchNorm in it, and the method by which it did
 
+    def same(self, o):
+        "Does `o` fold it in the same way?"
+        return (self.through, self.joins, len(self.absorbs)) == (o.through, o.joins, len(o.absorbs)) and all(a.same(b) for a,b in zip(self.absorbs, o.absorbs))
     @property
     def folded(self): return not self.why
     @property
@@ -271,7 +274,7 @@ def in_all_ways(
                 if at is None: at = next((m for m in sorted(inside & (symbolic.looping | symbolic.apart)) if not all(m in c.stack for c in way)), None) # one of several that it gives
                 if at is None and unseen: at = shared
                 if at is not None: raise Stop(f'{naming(at)} chooses its way by its input, and not every way is known to allow it')
-            if elsewhere and any(c.op in BY_SIZE for way in ways for c in way) and not (elsewhere() and all(name in other and parts(other[name]) == parts(row) for other in elsewhere())): raise Stop('at another size of its input the model does something else with it')
+            if elsewhere and any(c.op in BY_SIZE for way in ways for c in way) and not (elsewhere() and all(name in other and row.same(other[name]) for other in elsewhere())): raise Stop('at another size of its input the model does something else with it')
             return altered(row, alone=False)
         return check
     return of

@@ -6,7 +6,7 @@
 __all__ = ['flows_at_other_sizes']
 
 # %% ../../nbs/08_fold.sizes.ipynb #51a00002
-from itertools import cycle
+from itertools import cycle, permutations
 
 import torch
 from torch import Tensor, nn
@@ -18,17 +18,21 @@ from .held import held_in, uncollected
 from .record import record_flow
 
 # %% ../../nbs/08_fold.sizes.ipynb #51a00005
-def _axes(example):
+def _axes(tensors):
     "The axes of the tensors of an example, and how long they are"
-    return list(dict.fromkeys((d, n) for t in tree_leaves(example) if isinstance(t, Tensor) for d,n in enumerate(t.shape)))
+    return list(dict.fromkeys(a for t in tensors for a in enumerate(t.shape)))
+
+def _times(n, axes): return {a: a[1]*n for a in axes}
 
 def _changes(axes):
-    "What to try: the batch and all that comes after the channels at once, or, where that does not run, alike; or one after the other. And a batch of one"
+    "What to try, until something of it runs; and what to try besides, until one runs"
     batch,places = ([a for a in axes if test(a[0])] for test in (lambda d: d == 0, lambda d: d > 1))
-    times = lambda n, axes: {a: a[1]*n for a in axes}
-    apart = times(7, batch) | {a: a[1]*prime for a,prime in zip(places, cycle((2, 3, 5)))}
-    singly = [{a: a[1]+1 for a in batch}, times(2, batch), times(2, places), *(times(2, [a]) for a in axes if a[0])]
-    return [[apart], [times(3, batch) | times(2, places)], singly, [{a: 1 for a in batch if a[1] > 1}]]
+    every = [batch, *([a] for a in axes if a[0])]
+    apart = _times(7, batch) | {a: n for a,prime in zip(places, cycle((2, 3, 5))) for n in _times(prime, [a]).values()}
+    traded = [_times(2, a) | {o: o[1]//2 for o in b} for a,b in permutations(every, 2) if all(o[1] % 2 == 0 for o in b)]
+    singly = [{a: a[1]+1 for a in batch}, _times(2, places), *(_times(2, a) for a in every), *traded]
+    smallest = [{a: max(a[1]//n, 1) for a in places} for n in (10**9, 32, 16, 8, 4, 2)]
+    return [[apart], [_times(3, batch) | _times(2, places)], singly], [[{a: 1 for a in batch}], smallest]
 
 def _resized(example, change):
     "The same with other sizes, and without numbers"
@@ -46,15 +50,18 @@ def flows_at_other_sizes(
     args:tuple, # An example that it runs on
     kwargs:dict,
     known:frozenset, # As `record_flow` takes it
-)->list: # Of `Flow`s, of a model that is no more
-    "What `model` does at other sizes than the example's, wherever it runs there"
-    def attempt(change):
+)->list: # Of `Flow`s, of a copy that has no numbers
+    "What `model` does at other sizes than the example's. None, where it runs at no other size, or it can't be seen"
+    tensors,found = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)],[]
+    def tried(change):
+        if not any(n != a[1] for a,n in change.items()): return []
         try:
-            with torch.device('meta'): return [record_flow(bare, *_resized((args, kwargs), change), known)[0]]
+            with torch.device('meta'): return [(change, record_flow(bare, *_resized((args, kwargs), change), known)[0])]
         except Exception: return [] # it takes no such input, or goes by what is in it
     try: bare = copied(model, {id(t): _on_meta(t) for t in held_in(model, Tensor)})
     except Exception: return [] # it can't be copied
-    found,(*several,one) = [],_changes(_axes((args, kwargs)))
-    for changes in several:
-        if not found: found = [flow for c in changes if c for flow in attempt(c)]
-    return found + [flow for c in one if c for flow in attempt(c)]
+    several,besides = _changes(_axes(tensors))
+    for changes in several: found = found or [f for c in changes for f in tried(c)]
+    if len(tensors) > 1 and not any(d for c,_ in found for d,_ in c): return [] # their sizes may belong together in ways that we don't know
+    for changes in besides: found += next(filter(None, map(tried, changes)), [])
+    return [flow for _,flow in found]
