@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from .flow import Call, Value, values_in
-from .runs import groups, lies_on, may_move
 
 # %% ../../nbs/03_fold.carry.ipynb #24020f81
 class Stop(Exception):
@@ -41,23 +40,6 @@ def _size(v, d):
     "The size of axis `d` of `v`"
     if not isinstance(v, Value) or v.shape is None or v.shape[d] is None: raise Unknown('the size of a tensor on the way is not known')
     return v.shape[d]
-
-def _is_sure(v, d):
-    "Has axis `d` of `v` this size whatever the sizes of the model's input?"
-    return v.sure is None or v.sure[d] is not None
-
-def _settled(sizes, what):
-    "Sizes that are merged, each with whether it is sure and whether the label differs along it: a layer takes so many numbers in all, from which one that is not sure follows, but not two with something that differs between them"
-    unsure,still = [],False
-    for sure,differs in sizes:
-        if still and not differs: unsure[-1] |= not sure
-        else: unsure.append(not sure)
-        still = not differs
-    if sum(unsure) > 1 and any(differs for _,differs in sizes): raise Stop(f'`{what}` has room for more than the example had')
-
-def _settled_run(call, label, at, n):
-    "The same of `n` axes of what `call` is given, whose label this is"
-    _settled([(_is_sure(call.args[0], d), label.shape[d] > 1) for d in range(at, at+n)], call.op)
 
 def _axis(label, d):
     if not isinstance(d, int): raise Unknown('an axis on the way is not known')
@@ -138,54 +120,38 @@ def _mean_up(call, label):
 _unary('mean', _mean_down, _mean_up)
 
 # %% ../../nbs/03_fold.carry.ipynb #f07e01e9
-def _has_room(call, label, up):
-    "May a `view` put other axes together where sizes that are not sure are others, so that `label`, of what it gave (`up`) or was given, does not hold there?"
-    x,sizes = call.args[0], call.args[1] if len(call.args) > 1 else ()
-    if call.literal and call.op == 'unflatten': return -1 in _arg(call, 2, 'sizes', ()) and not _is_sure(x, _axis(torch.empty([1]*len(x.shape)), _arg(call, 1, 'dim')))
-    if not isinstance(sizes, (list, tuple)) or 0 in x.shape: return False
-    unsure,varying = [d for d in range(len(x.shape)) if not _is_sure(x, d)], {d for d,n in enumerate(label.shape) if n > 1}
-    if not unsure: return False
-    if not call.literal:
-        new = call.outs[0].shape
-        given,made = (lies_on(new, x.shape, varying), varying) if up else (varying, lies_on(x.shape, new, varying))
-        return may_move(x.shape, sizes, unsure, given, made)
-    fixed,parts = abs(prod(sizes)), lambda shape: [(len(a), len(b)) for a,b in groups(shape, [prod(shape)//fixed if n == -1 else n for n in sizes])]
-    scaled = lambda d, by, e=None: tuple(n*by if k == d else 1 if k == e else n for k,n in enumerate(x.shape))
-    others = [scaled(d, 2) for d in unsure] if -1 in sizes else [scaled(d, x.shape[e], e) for d in unsure for e in unsure if d != e]
-    return any(parts(o) != parts(x.shape) for o in others if prod(o) % fixed == 0)
+def _groups(a, b):
+    "Cut two shapes of equal size, which is not zero, into runs of axes with equal products"
+    i = j = 0
+    while i < len(a) or j < len(b):
+        i0,j0,i,j = i,j,min(i+1, len(a)),min(j+1, len(b))
+        while prod(a[i0:i]) != prod(b[j0:j]):
+            if prod(a[i0:i]) < prod(b[j0:j]): i += 1
+            else: j += 1
+        yield a[i0:i], b[j0:j]
 
-def _reshape(call, label, old, new, up):
+def _reshape(call, label, old, new):
     "`label` of a value of shape `old`, after `call` reshaped it to `new`, or undid that"
-    if None not in (old, new) and any(n > 1 for n in label.shape) and _has_room(call, label, up): raise Stop(f'`{call.op}` has room for more than the example had')
     if None in (old, new) or any(not d for d in (*old, *new)): raise Unknown('the size of a tensor on the way is not known')
     if prod(old) != prod(new): raise Stop(f'`{call.op}` reads its numbers as others')
     full,small = [],[]
     at = 0
-    runs = [*groups(old, new)]
-    for a,b in runs:
+    for a,b in _groups(old, new):
         varies = any(n > 1 for n in label.shape[at:at+len(a)])
         full += a if varies else (1,)*len(a)
         small += b if varies else (1,)*len(b)
         at += len(a)
-    out = shrink(label.expand(full).reshape(small))
-    at = made = 0 # the first axis of a run in what the call is given, and in what it gives
-    for given,gives in (run[::-1] if up else run for run in runs):
-        differs = any(n > 1 for n in (out if up else label).shape[at:at+len(given)])
-        whole = differs and max(len(given), len(gives)) > 1 and not call.odd <= {*range(made, made+len(gives))} # other axes may be elsewhere
-        _settled_run(call, out if up else label, *((0, len(call.args[0].shape)) if whole else (at, len(given))))
-        at,made = at+len(given), made+len(gives)
-    return out
+    return shrink(label.expand(full).reshape(small))
 
 RESHAPES = _unary('view reshape unflatten _unsafe_view view_as reshape_as',
-       lambda call,label: _reshape(call, label, call.args[0].shape, call.outs[0].shape, False),
-       lambda call,label: _reshape(call, label, call.outs[0].shape, call.args[0].shape, True))
+       lambda call,label: _reshape(call, label, call.args[0].shape, call.outs[0].shape),
+       lambda call,label: _reshape(call, label, call.outs[0].shape, call.args[0].shape))
 
 def _flat(call, rank): return (_arg(call, i, n, d) % rank for i,n,d in ((1, 'start_dim', 0), (2, 'end_dim', -1)))
 
 def _flatten_down(call, label):
     start,end = _flat(call, label.dim())
     shape = [*label.shape]
-    _settled_run(call, label, start, end-start+1)
     if any(n > 1 for n in shape[start:end+1]): shape[start:end+1] = [_size(call.args[0], d) for d in range(start, end+1)]
     return shrink(label.expand(shape).flatten(start, end))
 
@@ -193,9 +159,7 @@ def _flatten_up(call, label):
     if call.args[0].shape is None: raise Unknown('the rank of what is flattened is not known')
     start,end = _flat(call, len(call.args[0].shape))
     sizes = [_size(call.args[0], d) for d in range(start, end+1)] if label.shape[start] > 1 else [1]*(end-start+1)
-    label = shrink(label.unflatten(start, sizes))
-    _settled_run(call, label, start, end-start+1)
-    return label
+    return shrink(label.unflatten(start, sizes))
 
 _unary('flatten', _flatten_down, _flatten_up)
 
@@ -278,12 +242,6 @@ def _cut(call, t):
 
 def _cut_axis(call, label): return _axis(label, _arg(call, _axis_at[call.op], 'dim', 0))
 
-def _sure_part(call, label):
-    "A label that differs along the axis that is cut must have the same size there, whatever the sizes of the model's input"
-    if call.op == 'getitem': return # of a trace, which knows no others
-    d = _cut_axis(call, label)
-    if label.shape[d] > 1 and not _is_sure(call.args[0], d): raise Stop(f'`{call.op}` takes another part at another size')
-
 def _full(call, label):
     "`label` spread over every axis that the operation cuts"
     v = call.args[0]
@@ -301,7 +259,6 @@ def _full(call, label):
     return label.expand([_size(v, d) if d in axes else n for d,n in enumerate(label.shape)])
 
 def _part_down(call, v, label):
-    _sure_part(call, label)
     parts = _cut(call, _full(call, label))
     if any(part.numel() == 0 for part in parts): raise Stop(f'`{call.op}` gives nothing on this example')
     return [(o, shrink(part)) for o,part in zip(call.outs, parts)]
@@ -321,7 +278,6 @@ def _part_up(call, out, label):
     whole.view(-1)[places.reshape(-1)] = label.expand(places.shape).reshape(-1)
     alone = v.readers == [call] and len(call.outs) == 1
     whole = shrink(_spread(whole, places) if alone else whole)
-    _sure_part(call, whole)
     return [(v, whole, True)]
 
 def _spread(whole, places):
@@ -350,13 +306,11 @@ def _cat_down(call, v, label):
     shape = [max(p.shape[i] for p in pieces) for i in range(label.dim())]
     pieces = [p.expand([p.shape[d] if i == d else n for i,n in enumerate(shape)]) for p in pieces]
     label = shrink(torch.cat(pieces, d))
-    if label.shape[d] > 1: _settled([(_is_sure(u, d), True) for u in call.args[0]], call.op)
     return [(call.outs[0], label)]
 
 def _cat_up(call, out, label):
     d = _cat_axis(call, label.dim())
     if label.shape[d] == 1: return [(u, label, True) for u in call.args[0]]
-    _settled([(_is_sure(u, d), True) for u in call.args[0]], call.op)
     pieces = label.split([_size(u, d) for u in call.args[0]], d)
     return [(u, shrink(p), True) for u,p in zip(call.args[0], pieces)]
 

@@ -31,7 +31,6 @@ class Value:
     outside:str='' # Who reads it outside of the calls, if anyone: a caller, a hook
     asked:bool=False # Does code ask for its shape, or another such thing?
     dtype:object=None # Where it is known
-    sure:tuple|None=None # In a recorded run, what of `shape` holds whatever the sizes of the input; `None`: all of it
 
 # %% ../../nbs/02_fold.flow.ipynb #6a2703bd
 @dataclass(eq=False)
@@ -45,8 +44,6 @@ class Call:
     inplace:bool=False # Does it write into one of its arguments?
     opaque:bool=False # Is it a module that could not be looked into, and may do anything?
     index:int=0 # Its place in the order of the run
-    literal:bool=False # In a recorded run, may a size in it be a number in the code?
-    odd:frozenset=frozenset() # Of a `view` in a recorded run: where its sizes are more than a number, or the size of an axis
 
     def __post_init__(self): self.inputs = values_in((self.args, self.kwargs))
     @property

@@ -236,6 +236,8 @@ def _callers(flow):
     for e in flow.entries: found.setdefault(e.name, set()).add(e.stack[-2:])
     return found
 
+_by_size = BY_SIZE | {'flatten', 'cat', 'concat', 'concatenate'}
+
 def _happens(call): return call.op == 'squeeze' or call.op == 'add' and any(type(a) in (int, float) and a == 0 for a in call.args) # a size is one, a number is zero
 
 def in_all_ways(
@@ -274,7 +276,7 @@ def in_all_ways(
                 if at is None: at = next((m for m in sorted(inside & (symbolic.looping | symbolic.apart)) if not all(m in c.stack for c in way)), None) # one of several that it gives
                 if at is None and unseen: at = shared
                 if at is not None: raise Stop(f'{naming(at)} chooses its way by its input, and not every way is known to allow it')
-            if elsewhere and any(c.op in BY_SIZE for way in ways for c in way) and not (elsewhere() and all(name in other and row.same(other[name]) for other in elsewhere())): raise Stop('at another size of its input the model does something else with it')
+            if elsewhere and any(c.op in _by_size for way in ways for c in way) and not (elsewhere() and all(name in other and row.same(other[name]) for other in elsewhere())): raise Stop('at another size of its input the model does something else with it')
             return altered(row, alone=False)
         return check
     return of

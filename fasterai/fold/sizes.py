@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .apply import copied
-from .flow import Flow, mapped
+from .flow import mapped
 from .held import held_in, uncollected
 from .record import record_flow
 
@@ -28,11 +28,13 @@ def _changes(axes):
     "What to try, until something of it runs; and what to try besides, until one runs"
     batch,places = ([a for a in axes if test(a[0])] for test in (lambda d: d == 0, lambda d: d > 1))
     every = [batch, *([a] for a in axes if a[0])]
-    apart = _times(7, batch) | {a: n for a,prime in zip(places, cycle((2, 3, 5))) for n in _times(prime, [a]).values()}
+    apart = _times(7, batch) | {a: a[1]*prime for a,prime in zip(places, cycle((2, 3, 5)))}
     traded = [_times(2, a) | {o: o[1]//2 for o in b} for a,b in permutations(every, 2) if all(o[1] % 2 == 0 for o in b)]
     singly = [{a: a[1]+1 for a in batch}, _times(2, places), *(_times(2, a) for a in every), *traded]
     smallest = [{a: max(a[1]//n, 1) for a in places} for n in (10**9, 32, 16, 8, 4, 2)]
     return [[apart], [_times(3, batch) | _times(2, places)], singly], [[{a: 1 for a in batch}], smallest]
+
+def _is_one(change): return any(n != a[1] for a,n in change.items())
 
 def _resized(example, change):
     "The same with other sizes, and without numbers"
@@ -51,17 +53,16 @@ def flows_at_other_sizes(
     kwargs:dict,
     known:frozenset, # As `record_flow` takes it
 )->list: # Of `Flow`s, of a copy that has no numbers
-    "What `model` does at other sizes than the example's. None, where it runs at no other size, or it can't be seen"
+    "What `model` does at other sizes than the example's; at its own, if it takes no other. Nothing, where that can't be seen"
     tensors,found = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)],[]
     def tried(change):
-        if not any(n != a[1] for a,n in change.items()): return []
         try:
             with torch.device('meta'): return [(change, record_flow(bare, *_resized((args, kwargs), change), known)[0])]
         except Exception: return [] # it takes no such input, or goes by what is in it
     try: bare = copied(model, {id(t): _on_meta(t) for t in held_in(model, Tensor)})
     except Exception: return [] # it can't be copied
     several,besides = _changes(_axes(tensors))
-    for changes in several: found = found or [f for c in changes for f in tried(c)]
+    for changes in several: found = found or [f for c in filter(_is_one, changes) for f in tried(c)]
     if len(tensors) > 1 and not any(d for c,_ in found for d,_ in c): return [] # their sizes may belong together in ways that we don't know
-    for changes in besides: found += next(filter(None, map(tried, changes)), [])
-    return [flow for _,flow in found]
+    for changes in besides: found += next(filter(None, map(tried, filter(_is_one, changes))), [])
+    return [flow for _,flow in found or tried({})]

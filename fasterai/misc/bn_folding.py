@@ -27,7 +27,7 @@ from ..fold.record import record_flow
 from ..fold.report import Report
 from ..fold.scale import read_norms, read_parameters, read_scales
 from ..fold.sizes import flows_at_other_sizes
-from ..fold.trace import note_sizes, same_outline, trace_flow
+from ..fold.trace import same_outline, trace_flow
 from ..fold.verify import Difference, cloned, compare, count_parameters, difference, first_difference, run, tensors_in, to_double, tolerance, tolerance_for
 
 # %% ../../nbs/10_misc.bn_folding.ipynb #dc2a18b2
@@ -214,20 +214,14 @@ class _Fold:
         self.recorded,self.out = _recorded(model, self.example) if self.example else (None, None)
         self.traced = trace_flow(model) # now: what hooks keep of a run is the same when the code is traced again
         self.scales,self.without,self.others = scales,{},cache(self._others)
-        self.read(self.traced)
-        if self.recorded: self.read_run(self.recorded)
+        for flow in filter(None, (self.traced, self.recorded)): self.read(flow)
 
     def read(self, flow):
+        "`flow`, with what scales in it"
         for f in (read_norms, read_scales, partial(read_parameters, without=self.without)) if self.scales else (): f(flow)
+        return flow
 
-    def read_run(self, flow):
-        note_sizes(flow, self.traced)
-        self.read(flow)
-
-    def _others(self):
-        flows = flows_at_other_sizes(self.model, *self.example, _known)
-        for flow in flows: self.read_run(flow)
-        return flows
+    def _others(self): return [self.read(flow) for flow in flows_at_other_sizes(self.model, *self.example, _known)]
 
     def plan(self):
         with plain_device(): plan = self.planned(self.recorded, self.traced, self.keep, others=self.others) if self.recorded else self.planned(self.traced, keep=self.keep)
