@@ -238,6 +238,13 @@ def _callers(flow):
 
 _by_size = BY_SIZE | {'flatten', 'cat', 'concat', 'concatenate'}
 
+def _at_other_sizes(row, ways, elsewhere):
+    "Stop where what stands between may be something else at another size"
+    op = next((c.op for way in ways for c in way if c.op in _by_size), None)
+    if not op: return
+    if not elsewhere(): raise Stop(f'`{op}` may do something else at another size of the input, and the model does not run without numbers, to see that')
+    if not all(row.name in other and row.same(other[row.name]) for other in elsewhere()): raise Stop(f'`{op}` does something else at another size of the input')
+
 def _happens(call): return call.op == 'squeeze' or call.op == 'add' and any(type(a) in (int, float) and a == 0 for a in call.args) # a size is one, a number is zero
 
 def in_all_ways(
@@ -276,7 +283,7 @@ def in_all_ways(
                 if at is None: at = next((m for m in sorted(inside & (symbolic.looping | symbolic.apart)) if not all(m in c.stack for c in way)), None) # one of several that it gives
                 if at is None and unseen: at = shared
                 if at is not None: raise Stop(f'{naming(at)} chooses its way by its input, and not every way is known to allow it')
-            if elsewhere and any(c.op in _by_size for way in ways for c in way) and not (elsewhere() and all(name in other and row.same(other[name]) for other in elsewhere())): raise Stop('at another size of its input the model does something else with it')
+            if elsewhere: _at_other_sizes(row, ways, elsewhere)
             return altered(row, alone=False)
         return check
     return of
