@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from .bake import computing
 from .carry import BY_SIZE, ORDERS, PARTS, Stop, Unknown
-from .finder import CLAMPS, Finder
+from .finder import CLAMPS, Absorb, Finder
 from .known import called_plainly
 from .flow import Flow, Value, altered, naming, under
 from .held import ATOMS, uncollected
@@ -47,7 +47,8 @@ class Row:
 
     def same(self, o):
         "Does `o` fold it in the same way?"
-        return (self.through, self.joins, len(self.absorbs)) == (o.through, o.joins, len(o.absorbs)) and all(a.same(b) for a,b in zip(self.absorbs, o.absorbs))
+        mine,others = (sorted(r.absorbs, key=lambda a: (a.layer, a.weight)) for r in (self, o))
+        return (self.through, self.joins, len(mine)) == (o.through, o.joins, len(others)) and all(map(Absorb.same, mine, others))
     @property
     def folded(self): return not self.why
     @property
@@ -245,7 +246,7 @@ def _at_other_sizes(row, ways, elsewhere):
     if not elsewhere(): raise Stop(f'`{op}` may do something else at another size of the input, and the model does not run without numbers, to see that')
     if not all(row.name in other and row.same(other[row.name]) for other in elsewhere()): raise Stop(f'`{op}` does something else at another size of the input')
 
-def _happens(call): return call.op == 'squeeze' or call.op == 'add' and any(type(a) in (int, float) and a == 0 for a in call.args) # a size is one, a number is zero
+def _adds_zero(call): return call.op == 'add' and any(type(a) in (int, float) and a == 0 for a in call.args) # or another number, in another call
 
 def in_all_ways(
     flow:Flow, # A recorded run
@@ -254,7 +255,6 @@ def in_all_ways(
     elsewhere:Callable|None=None, # `elsewhere()`: what is planned from each run at another size, where that is asked
 )->Callable: # `of(name)` gives a check of a `Row`, which returns it or raises `Stop`
     "Holds what a recorded run shows against all the ways that a `forward` can take"
-    parts = lambda row: (row.through, row.joins, {(a.weight, a.before) for a in row.absorbs})
     through = {} # the modules that a value goes into or comes out of
     for e in flow.entries:
         for v in (*e.args, *e.outs): through.setdefault(v, set()).add(e.name)
@@ -273,13 +273,13 @@ def in_all_ways(
             private = {m for way in ways for m in _involved(way)[1]} # nobody else is to call
             for n in sorted({*filter(None, (row.through, row.joins and row.name)), *private}):
                 if others := more(runs[symbolic].get(n, set()), runs[flow].get(n, set())): raise Stop(f'{naming(n)} is also called by {naming(min(others)[0])}, in another way than this run took')
-            if name in rows and rows[name].folded and parts(rows[name]) == parts(row): return altered(row, alone=rows[name].alone)
+            if name in rows and rows[name].folded and row.same(rows[name]): return altered(row, alone=rows[name].alone)
             unseen = row.module not in unfollowed and row.module not in runs[symbolic] # the code was followed, and did not go where the run went
             for way in ways:
                 inside,_,shared = _involved(way)
                 inside |= {m for c in way for v in ((c.args[0] if c is way[0] else None), *c.outs) if isinstance(v, Value) for m in through.get(v, ()) if under(m, shared)}
                 at = next((m for m in sorted(inside) if under(m, shared) and (m in symbolic.branches or m in undecided)), None)
-                if at is None and any(map(_happens, way)): at = shared
+                if at is None and any(map(_adds_zero, way)): at = shared
                 if at is None: at = next((m for m in sorted(inside & (symbolic.looping | symbolic.apart)) if not all(m in c.stack for c in way)), None) # one of several that it gives
                 if at is None and unseen: at = shared
                 if at is not None: raise Stop(f'{naming(at)} chooses its way by its input, and not every way is known to allow it')

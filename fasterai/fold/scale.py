@@ -93,15 +93,17 @@ def read_scales(
 # %% ../../nbs/06_fold.scale.ipynb #33519a01
 def read_norms(
     flow:Flow, # Changed: a normalisation with a weight becomes one without, and a `scale`
+    without:dict, # By its name, whether a module that normalises does without them: what is found out in one flow holds in others
 ):
     "Read what a layer, RMS, group or instance norm does after it normalised as a `scale` of its own"
     runs = flow.runs()
-    bare = lambda name, entry, own: works_bare(flow.modules[name], entry, [v.name.rpartition('.')[2] for v in own])
+    bare = lambda name, own: without.get(name) or all(works_bare(flow.modules[name], e, [v.name.rpartition('.')[2] for v in own]) for e in runs.get(name, ()))
     for call in [c for c in flow.calls if c.op in NORMS]:
         given = dict(zip(NORMS[call.op], call.args)) | call.kwargs
         x,own = given['input'], [v for v in (given.get('weight'), given.get('bias')) if v is not None] if given.get('weight') is not None else []
         if given.get('use_input_stats') is False: flow.put([Call('batch_norm', call.args, {}, call.outs, call.stack)], [call])
-        elif own and x.shape is not None and all(_is_own(v, call, flow) for v in own) and all(bare(call.module, e, own) for e in runs.get(call.module, ())):
+        elif own and x.shape is not None and all(_is_own(v, call, flow) for v in own) and bare(call.module, own):
+            without[call.module] = True
             between,axis = Value(x.shape), 1 if call.op in ('group_norm', 'instance_norm') else len(x.shape)-1
             steps = [(what, given[n].name) for what,n in (('mul', 'weight'), ('add', 'bias')) if given.get(n) is not None]
             flow.put([Call(call.op, (x,), {}, [between], call.stack), Call('scale', (between, own, steps, axis, own[0].shape[0]), {'bare': True}, call.outs, call.stack)], [call])

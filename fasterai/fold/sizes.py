@@ -6,7 +6,7 @@
 __all__ = ['flows_at_other_sizes']
 
 # %% ../../nbs/08_fold.sizes.ipynb #51a00002
-from itertools import cycle, permutations
+from itertools import combinations, cycle, permutations
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,9 @@ from .held import held_in, uncollected
 from .record import record_flow
 
 # %% ../../nbs/08_fold.sizes.ipynb #51a00005
-def _axes(tensors):
+def _axes(example):
     "The axes of the tensors of an example, and how long they are"
-    return list(dict.fromkeys(a for t in tensors for a in enumerate(t.shape)))
+    return list(dict.fromkeys(a for t in tree_leaves(example) if isinstance(t, Tensor) for a in enumerate(t.shape)))
 
 def _times(n, axes): return {a: a[1]*n for a in axes}
 
@@ -30,7 +30,8 @@ def _changes(axes):
     every = [batch, *([a] for a in axes if a[0])]
     apart = _times(7, batch) | {a: a[1]*prime for a,prime in zip(places, cycle((2, 3, 5)))}
     traded = [_times(2, a) | {o: o[1]//2 for o in b} for a,b in permutations(every, 2) if all(o[1] % 2 == 0 for o in b)]
-    singly = [{a: a[1]+1 for a in batch}, _times(2, places), *(_times(2, a) for a in every), *traded]
+    both = [_times(2, a+b) for a,b in combinations(every, 2)]
+    singly = [{a: a[1]+1 for a in batch}, _times(2, places), *(_times(2, a) for a in every), *both, *traded]
     smallest = [{a: max(a[1]//n, 1) for a in places} for n in (10**9, 32, 16, 8, 4, 2)]
     return [[apart], [_times(3, batch) | _times(2, places)], singly], [[{a: 1 for a in batch}], smallest]
 
@@ -54,15 +55,14 @@ def flows_at_other_sizes(
     known:frozenset, # As `record_flow` takes it
 )->list: # Of `Flow`s, of a copy that has no numbers
     "What `model` does at other sizes than the example's; at its own, if it takes no other. Nothing, where that can't be seen"
-    tensors,found = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)],[]
+    found = []
     def tried(change):
         try:
-            with torch.device('meta'): return [(change, record_flow(bare, *_resized((args, kwargs), change), known)[0])]
+            with torch.device('meta'): return [record_flow(bare, *_resized((args, kwargs), change), known)[0]]
         except Exception: return [] # it takes no such input, or goes by what is in it
     try: bare = copied(model, {id(t): _on_meta(t) for t in held_in(model, Tensor)})
     except Exception: return [] # it can't be copied
-    several,besides = _changes(_axes(tensors))
+    several,besides = _changes(_axes((args, kwargs)))
     for changes in several: found = found or [f for c in filter(_is_one, changes) for f in tried(c)]
-    if len(tensors) > 1 and not any(d for c,_ in found for d,_ in c): return [] # their sizes may belong together in ways that we don't know
     for changes in besides: found += next(filter(None, map(tried, filter(_is_one, changes))), [])
-    return [flow for _,flow in found or tried({})]
+    return found or tried({})

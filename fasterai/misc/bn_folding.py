@@ -218,7 +218,10 @@ class _Fold:
 
     def read(self, flow):
         "`flow`, with what scales in it"
-        for f in (read_norms, read_scales, partial(read_parameters, without=self.without)) if self.scales else (): f(flow)
+        if self.scales:
+            read_norms(flow, self.without)
+            read_scales(flow)
+            read_parameters(flow, self.without)
         return flow
 
     def _others(self): return [self.read(flow) for flow in flows_at_other_sizes(self.model, *self.example, _known)]
