@@ -713,3 +713,20 @@ def test_a_layer_with_a_norm_inside(kind, folds):
     assert 'meta' not in seen
     model[0].norm._forward_hooks.clear()
     for example in (False, True): assert fold(model, x, example=example)[1].folded == folds
+
+
+class Looks(nn.Module):
+    "A block of an author's, which asks its BatchNorm for a number"
+    def __init__(self): super().__init__(); self.conv, self.bn = conv(), bn()
+    def forward(self, x): return self.bn(self.conv(x))/self.bn.num_features
+
+
+@pytest.mark.parametrize('example', [False, True])
+@pytest.mark.parametrize('inplace', [False, True])
+def test_a_batchnorm_that_is_looked_at_is_kept_and_the_others_fold(example, inplace):
+    block = lambda: nn.Sequential(conv(), bn(), nn.ReLU())
+    model = randomise(nn.Sequential(block(), Looks(), block(), Looks(), block())).double().eval()
+    want, folder = model(x), BN_Folder()
+    new = folder.fold(model, *([x] if example else []), inplace=inplace)
+    assert norms(new) == ['1.bn', '3.bn'] and folder.report['3.bn'].why == "the model's code looks at it"
+    assert torch.allclose(new(x), want, rtol=1e-12)

@@ -207,6 +207,8 @@ def _difference(a, b):
 _whys = {"the model's code asks for what it would lose": lambda r: r.edited or r.joins, # what is kept where a fold with it comes to nothing, in this order, and why
          'what follows it does not run on the strides of its input': lambda r: r.strided}
 
+class _OtherWay(FoldError): pass
+
 class _Fold:
     "One fold of one model"
     def __init__(self, model, xs, kwargs, planned=plan_folds, scales=False):
@@ -250,14 +252,38 @@ class _Fold:
         "The folded model, its plan, and how far apart the outputs are"
         plan,new = self.weights()
         try: return self.checked(plan, new, inplace)
-        except FoldError:
+        except FoldError as e:
             if plan.heirs: # what is asked for the activation of a BatchNorm finds it where it was
                 self.heirs = False
                 return self.run(inplace)
-            again = next(filter(None, ({r.name: why for r in plan if applies(r)} for why,applies in _whys.items())), None)
+            again = next(filter(None, ({r.name: why for r in plan if applies(r)} for why,applies in _whys.items())), None) or isinstance(e, _OtherWay) and self.looked_at(plan, inplace)
             if not again: raise
         self.keep |= again
         return self.run(inplace)
+
+    def looked_at(self, plan, inplace):
+        "What is kept so that the rest can be folded: a BatchNorm that the code looks at, found by halves, and those that the same code holds by the same name"
+        rows = folded = [r for r in plan if r.folded]
+        while len(rows) > 1:
+            first = rows[:len(rows)//2]
+            rows = first if self.differs(first, inplace) else rows[len(first):]
+        holder = lambda r: type(self.model.get_submodule(r.module.rpartition('.')[0]))
+        kin = lambda r: r.name if holder(r).__module__.startswith('torch.') else (holder(r), r.module.rpartition('.')[2])
+        found = {r.name: "the model's code looks at it" for r in folded for o in rows if kin(r) == kin(o)}
+        return found if len(found) < len(folded) and self.differs(rows, inplace) else {}
+
+    def differs(self, rows, inplace):
+        "Does the code take another way where these alone are folded?"
+        keep,names = self.keep,{r.name for r in rows}
+        with ExitStack() as undo:
+            undo.callback(setattr, self, 'keep', keep)
+            self.keep = keep | {r.name: 'another is tried' for r in self.plan() if r.name not in names}
+            plan,new = self.weights()
+            folded = self.apply(plan, new, inplace)
+            undo.callback(self.undo)
+            try: self.retrace(plan, folded)
+            except _OtherWay: return True
+            return False
 
     def checked(self, plan, new, inplace):
         "The same; after any error the model is as it was"
@@ -277,7 +303,7 @@ class _Fold:
         at = same_outline(self.traced, folded, plan.gone, plan.heirs)
         if not at: return
         if 'no part of the model' in at: raise FoldError(f"a copy of the model still calls a layer of the original ({at}): a function is not copied, nor what it holds. The original is as it was: fold it itself, with `inplace=True`")
-        raise FoldError(f"without its BatchNorms the model's code takes another way ({at}). The original is as it was: fold the parts of the model that do not look at their BatchNorms")
+        raise _OtherWay(f"without its BatchNorms the model's code takes another way ({at}). The original is as it was: fold the parts of the model that do not look at their BatchNorms")
 
     def found(self, folded):
         "How far apart the outputs are on the example"
