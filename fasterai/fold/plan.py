@@ -239,14 +239,14 @@ def _callers(flow):
 
 _by_size = BY_SIZE | {'flatten', 'cat', 'concat', 'concatenate'}
 
-def _at_other_sizes(row, ways, elsewhere):
+def _at_other_sizes(row, ways, elsewhere, by_more):
     "Stop where what stands between may be something else at another size"
     op = next((c.op for way in ways for c in way if c.op in _by_size), None)
     if not op: return
-    if not elsewhere(): raise Stop(f'`{op}` may do something else at another size of the input, and the model does not run without numbers, to see that')
+    if by_more: raise Stop(f'`{op}` may go by a number that the model is given')
     if not all(row.name in other and row.same(other[row.name]) for other in elsewhere()): raise Stop(f'`{op}` does something else at another size of the input')
 
-def _adds_zero(call): return call.op == 'add' and any(type(a) in (int, float) and a == 0 for a in call.args) # or another number, in another call
+def _happens(call): return call.op == 'squeeze' and len(call.args) == 1 or call.op == 'add' and any(type(a) in (int, float) and a == 0 for a in call.args) # that axes have size one, or a number is zero
 
 def in_all_ways(
     flow:Flow, # A recorded run
@@ -279,11 +279,11 @@ def in_all_ways(
                 inside,_,shared = _involved(way)
                 inside |= {m for c in way for v in ((c.args[0] if c is way[0] else None), *c.outs) if isinstance(v, Value) for m in through.get(v, ()) if under(m, shared)}
                 at = next((m for m in sorted(inside) if under(m, shared) and (m in symbolic.branches or m in undecided)), None)
-                if at is None and any(map(_adds_zero, way)): at = shared
+                if at is None and any(map(_happens, way)): at = shared
                 if at is None: at = next((m for m in sorted(inside & (symbolic.looping | symbolic.apart)) if not all(m in c.stack for c in way)), None) # one of several that it gives
                 if at is None and unseen: at = shared
                 if at is not None: raise Stop(f'{naming(at)} chooses its way by its input, and not every way is known to allow it')
-            if elsewhere: _at_other_sizes(row, ways, elsewhere)
+            if elsewhere: _at_other_sizes(row, ways, elsewhere, '' in by_more)
             return altered(row, alone=False)
         return check
     return of
