@@ -208,6 +208,25 @@ def test_what_only_calls_its_children_folds():
     same_for_all(WithAny, folds=5)
 
 
+class Stages(nn.Sequential):
+    "As pytorchcv has it: asks each child for a flag that some have, and goes through what it holds by name"
+    def forward(self, x):
+        for m in self._modules.values():
+            x = m(x)
+            if hasattr(m, 'flag') and m.flag: x = x*2
+        return x
+
+
+def test_goes_through_its_children_by_name():
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.stages = Stages(nn.Sequential(conv(), bn()), nn.Sequential(conv(), bn())); self.stages[1].flag = True
+        def forward(self, *xs): return self.stages(xs[0])
+    same_for_all(Net, folds=2)
+    class Takes(Net):
+        def forward(self, *xs): return [*self.stages._modules.values()][0][0](xs[0]) if xs[0].shape[-1] > 6 else self.stages(xs[0])
+    same_for_all(Takes)
+
+
 FLAG, OPTS = True, dict(on=True)
 def cell():
     on = True

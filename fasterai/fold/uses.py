@@ -45,6 +45,7 @@ def _is_fact(c, name):
     "Is the attribute `name` of `c` a number, a name, or a container of such, which stays as it is?"
     if _may_change(c): return False
     v = vars(c).get(name, inspect.getattr_static(type(c), name, c))
+    if v is c: return name not in (*c._parameters, *c._buffers, *c._modules) and type(c).__getattr__ is nn.Module.__getattr__ # there is none
     if isinstance(v, property): return _tells_a_fact(c, v.fget)
     return name in _plain_facts or type(v) is Tensor or type(v) in _plain and not held_in(v, (nn.Module, Tensor, FunctionType, MethodType))
 
@@ -236,6 +237,7 @@ def attribute(self:Uses, tags, name):
     for c,d in tags:
         if d: self.lose({(c, d)})
         elif name in c._modules: found |= {(c._modules[name], 0)} if c._modules[name] is not None else set()
+        elif name == '_modules': found |= {(k, 1) for k in c._modules.values() if k is not None}
         elif c is self.m: self.own(name)
         elif not _is_fact(c, name): self.lose({(c, d)})
     return found
