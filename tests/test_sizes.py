@@ -5,6 +5,7 @@ import pytest, torch
 import torch.nn.functional as F
 from torch import nn
 
+from fasterai.fold.sizes import _changes
 from fasterai.misc.bn_folding import BN_Folder
 from helpers import net, randomise
 from test_ways import bn, conv, folded
@@ -37,11 +38,17 @@ def width_first(m, x):
 def square(m, x):
     y = m.conv(x)
     n, c, h, w = y.shape
-    return m.bn(y.transpose(1, 2).reshape(-1, c, w, w) if m.turned else y.reshape(-1, c, w, w))
+    return m.bn(y.transpose(1, 2).reshape(-1, c, w, w))
 def all_ones(m, x):
     y = m.conv1(x)
     n, c, h = y.shape
     return m.bn(y.transpose(0, 2).reshape(n, c, -1, 1))
+def squeezed_first(m, x): return m.bn1(m.conv1(x).squeeze(0))
+def square_of_tokens(m, x):
+    y = m.fc(x)
+    n, l, c = y.shape
+    side = int(l**.5)
+    return m.bn(y.transpose(1, 2).reshape(-1, c, side, side))
 def only_if_square(m, x):
     y = F.avg_pool2d(m.conv(x), 4)
     n, c, h, w = y.shape
@@ -54,12 +61,11 @@ def by_numel(m, x):
 @pytest.mark.parametrize('forward, sizes', [
     (one_place, [(2, 4, 8, 8), (2, 4, 16, 16)]), (columns, [(2, 4, 8, 8), (2, 4, 16, 16)]), (tokens, [(2, 1, 4), (2, 5, 4)]), (squeezed, [(2, 4, 4), (1, 4, 4)]),
     (batch_and_length, [(2, 2, 4), (2, 3, 4)]), (batch_and_width, [(4, 4, 8, 4), (4, 4, 8, 6)]), (width_first, [(4, 4, 8, 4), (4, 4, 8, 6)]), (square, [(2, 4, 8, 8), (2, 4, 16, 4)]),
-    (all_ones, [(1, 4, 1), (2, 4, 4)]), (only_if_square, [(1, 4, 4, 4), (1, 4, 8, 8)]), (by_numel, [(2, 4, 8, 8), (4, 4, 8, 8)])], ids=lambda o: getattr(o, '__name__', ''))
+    (squeezed_first, [(2, 4, 8), (1, 4, 4)]), (square_of_tokens, [(1, 64, 4), (2, 2, 4)]), (all_ones, [(1, 4, 1), (2, 4, 4)]), (only_if_square, [(1, 4, 4, 4), (1, 4, 8, 8)]), (by_numel, [(2, 4, 8, 8), (4, 4, 8, 8)])], ids=lambda o: getattr(o, '__name__', ''))
 def test_sizes_that_agree_by_chance(forward, sizes):
     calls = [(images(*s),) for s in sizes]
     for example in ((), *calls):
         model = net(forward, conv=conv(), conv1=nn.Conv1d(4, 4, 1), fc=nn.Linear(4, 4), bn=bn(), bn1=nn.BatchNorm1d(4))
-        model.turned = True
         folded(model, example, calls)
 
 
@@ -119,7 +125,7 @@ def test_a_name_or_a_function_in_the_input(way):
         folded(model, (batch, o), [(batch, g) for g in given])
 
 
-def test_no_run_at_another_size_is_no_proof():
+def test_a_way_of_its_own_for_one_size():
     def forward(m, x):
         if x.sum() > 1e9: return x
         y = m.conv(x)
@@ -127,6 +133,22 @@ def test_no_run_at_another_size_is_no_proof():
         return m.bn1(y.view(n, c, h*w)) if x.shape == (2, 4, 8, 8) else y.view(n, c, h*w)
     model = net(forward, conv=conv(), bn1=nn.BatchNorm1d(4))
     folded(model, (images(2, 4, 8, 8),), [(images(2, 4, 8, 8),), (images(3, 4, 8, 8),)])
+
+
+def test_nothing_but_the_batch_grows_on_a_gpu():
+    "where an index that is too large for its table can't be caught"
+    for shapes in ([(2, 3, 8, 8)], [(1, 3, 128, 131)], [(4, 64, 4)], [(2, 1, 1)], [(2, 3, 8, 8), (2, 5)]):
+        until, besides = _changes(shapes, grow=False)
+        assert all(n <= shapes[i][d] for changes in (*until, *besides) for c in changes for (i, d), n in c.items() if d)
+
+
+def test_an_example_with_an_empty_tensor():
+    def forward(m, x, more):
+        y = m.conv(x)
+        n, c, h, w = y.shape
+        return m.bn1(y.view(n, c, h*w)), more.sum(0)
+    model = net(forward, conv=conv(), bn1=nn.BatchNorm1d(4))
+    assert folded(model, (images(2, 4, 8, 8), images(0, 4)), [(images(2, 4, 8, 8), images(0, 4)), (images(3, 4, 5, 7), images(2, 4))]).folded == 1
 
 
 @pytest.mark.parametrize('numbers', [True, False])

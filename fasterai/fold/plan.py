@@ -246,7 +246,7 @@ def _at_other_sizes(row, ways, elsewhere, by_more):
     if by_more: raise Stop(f'`{op}` may go by a number that the model is given')
     if not all(row.name in other and row.same(other[row.name]) for other in elsewhere()): raise Stop(f'`{op}` does something else at another size of the input')
 
-def _happens(call): return call.op == 'squeeze' and len(call.args) == 1 or call.op == 'add' and any(type(a) in (int, float) and a == 0 for a in call.args) # that axes have size one, or a number is zero
+def _happens(call): return call.op == 'squeeze' or call.op == 'add' and any(type(a) in (int, float) and a == 0 for a in call.args) # a size is one, a number is zero
 
 def in_all_ways(
     flow:Flow, # A recorded run

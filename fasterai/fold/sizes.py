@@ -18,7 +18,7 @@ from .record import record_flow
 # %% ../../nbs/08_fold.sizes.ipynb #51a00005
 def _sizes(n, grow):
     "Other sizes than `n`: multiples of 32, as most networks take, or of what there is"
-    if n >= 128: return [m for m in (64, 96, 160, 128) if m != n][:3]
+    if n >= 128: return [m for m in (64, 96, 160, 32) if m < n or grow and m > n][:3]
     if n >= 16: return [n//4*2, n//4*3, n//4]
     return [n*2, n*3, n*5] if grow else [max(n//2, 1), max(n*3//4, 1), 1]
 
@@ -27,19 +27,21 @@ def _changes(shapes, grow):
     "What to try, until something of it runs; and what to try besides, in each case until one runs"
     together = {}
     for i,shape in enumerate(shapes):
-        for d,n in enumerate(shape): together.setdefault((d, n), []).append((i, d))
+        for d in (d for d,n in enumerate(shape) if n): together.setdefault((d, shape[d]), []).append((i, d))
     def to(sizes): return {a: m for g,m in sizes.items() for a in together[g]}
-    def traded(groups): return [{a: a[1]*2, b: b[1]//2} for a,b in permutations(groups, 2) if b[1] % 2 == 0 and (grow or not a[0])]
+    few = len(together) <= 6 # pairs of more would take long
+    def traded(groups): return [{a: a[1]*2, b: b[1]//2} for a,b in permutations(groups, 2) if few and b[1] % 2 == 0 and (grow or not a[0])]
     batch,channels,places = ([g for g in together if test(g[0])] for test in (lambda d: d == 0, lambda d: d == 1, lambda d: d > 1))
     images,alike = {g: g[1]*3 if g[1] < 4 else g[1]//2 for g in batch}, {g: _sizes(g[1], grow)[0] for g in places}
     apart = lambda groups: {g: _sizes(g[1], grow)[i % 3] for i,g in enumerate(groups)}
     each = [images, *({g: _sizes(g[1], grow)[0]} for g in channels + places)]
-    singly = [{g: g[1]+1 for g in batch}, alike, *each, *(a | b for a,b in combinations(each, 2)), *traded([*together])]
+    squares = [{g: m} for g in channels + places for m in (g[1]*4 if grow else g[1]//4, 2, 3) if grow or 0 < m < g[1]] # of what a square is laid out in, and no square
+    singly = [{g: g[1]+1 for g in batch}, alike, *each, *squares, *(a | b for a,b in combinations(each, 2) if few), *traded([*together])]
     until = [[images | apart(channels + places)], [images | apart(places)], [images | alike], singly]
     smallest = [{g: max(g[1]//n, 1) for g in places} for n in (10**9, 32, 16, 8, 4, 2)]
     long = [alike | {g: g[1]*(16 if g[1] < 16 else 8)} for g in places if grow and g[1] < 64]
-    alone = [{(i, d): _sizes(n, grow)[0] for d,n in enumerate(s) if d != 1} for i,s in enumerate(shapes)] if len(shapes) > 1 else []
-    alone += [{(i, d): m for (d,_),m in t.items()} for i,s in enumerate(shapes) for t in traded([*enumerate(s)])] if len(shapes) > 1 else []
+    alone = [{(i, d): m for (d,n),m in c.items() if n} for i,s in enumerate(shapes) if len(shapes) > 1
+             for c in ({(d, n): _sizes(n, grow)[0] for d,n in enumerate(s) if d != 1}, *traded([*enumerate(s)]))]
     besides = [*([to({g: 1})] for g in together), [*map(to, smallest)], *([to(s)] for s in long), *([s] for s in alone)]
     return [[*map(to, changes)] for changes in until], besides
 
@@ -49,7 +51,7 @@ def _resized(example, change):
     def cut(t):
         i,t = next(number),t.detach().clone()
         for d in range(t.dim()):
-            if (i, d) in change: t = t.index_select(d, torch.arange(change[i, d], device=t.device) % max(t.shape[d], 1))
+            if (i, d) in change: t = t.index_select(d, torch.arange(change[i, d], device=t.device) % t.shape[d])
         return t
     return mapped(example, Tensor, cut)
 
@@ -71,13 +73,13 @@ def flows_at_other_sizes(
     example,tensors,found = (args, kwargs),[],[]
     mapped(example, Tensor, tensors.append)
     until,besides = _changes([t.shape for t in tensors], grow=all(t.device.type == 'cpu' for t in tensors))
-    def tried(*example):
-        try: return [record_flow(model, *example, known)[0]]
+    def tried(example, change):
+        try: return [record_flow(model, *_resized(example, change), known)[0]]
         except Exception: return [] # it takes no such input
     def changed(changes):
         for c in changes:
-            if any(n != tensors[i].shape[d] for (i,d),n in c.items()): yield tried(*_resized(example, c))
+            if any(n != tensors[i].shape[d] for (i,d),n in c.items()): yield tried(example, c)
     for changes in until: found = found or sum(changed(changes), [])
     for changes in besides: found += next(filter(None, changed(changes)), [])
-    if (longer := _longer(example)) != example: found += tried(*_resized(longer, {}))
+    if (longer := _longer(example)) != example: found += tried(longer, {})
     return found

@@ -33,6 +33,9 @@ from ..fold.verify import Difference, cloned, compare, count_parameters, differe
 # %% ../../nbs/10_misc.bn_folding.ipynb #dc2a18b2
 class FoldError(RuntimeError):
     "A folded model did not agree with its original; the original is as it was"
+    def __init__(self, why, looks=False): # `looks`: because its code looks at what would go
+        super().__init__(why)
+        self.looks = looks
 
 def _check_model(model):
     "Raise unless `model` is one that can be folded"
@@ -207,8 +210,6 @@ def _difference(a, b):
 _whys = {"the model's code asks for what it would lose": lambda r: r.edited or r.joins, # what is kept where a fold with it comes to nothing, in this order, and why
          'what follows it does not run on the strides of its input': lambda r: r.strided}
 
-class _OtherWay(FoldError): pass
-
 class _Fold:
     "One fold of one model"
     def __init__(self, model, xs, kwargs, planned=plan_folds, scales=False):
@@ -256,7 +257,7 @@ class _Fold:
             if plan.heirs: # what is asked for the activation of a BatchNorm finds it where it was
                 self.heirs = False
                 return self.run(inplace)
-            again = next(filter(None, ({r.name: why for r in plan if applies(r)} for why,applies in _whys.items())), None) or isinstance(e, _OtherWay) and self.looked_at(plan, inplace)
+            again = next(filter(None, ({r.name: why for r in plan if applies(r)} for why,applies in _whys.items())), None) or e.looks and self.looked_at(plan, inplace)
             if not again: raise
         self.keep |= again
         return self.run(inplace)
@@ -283,7 +284,7 @@ class _Fold:
             folded = self.apply(plan, new, inplace)
             undo.callback(self.undo)
             try: self.retrace(plan, folded)
-            except _OtherWay: return True
+            except FoldError as e: return e.looks
             return False
 
     def checked(self, plan, new, inplace):
@@ -304,7 +305,7 @@ class _Fold:
         at = same_outline(self.traced, folded, plan.gone, plan.heirs)
         if not at: return
         if 'no part of the model' in at: raise FoldError(f"a copy of the model still calls a layer of the original ({at}): a function is not copied, nor what it holds. The original is as it was: fold it itself, with `inplace=True`")
-        raise _OtherWay(f"without its BatchNorms the model's code takes another way ({at}). The original is as it was: fold the parts of the model that do not look at their BatchNorms")
+        raise FoldError(f"without its BatchNorms the model's code takes another way ({at}). The original is as it was: fold the parts of the model that do not look at their BatchNorms", looks=True)
 
     def found(self, folded):
         "How far apart the outputs are on the example"
