@@ -638,6 +638,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fasterai.fold.uses._asks_where': ('fold.uses.html#_asks_where', 'fasterai/fold/uses.py'),
                                     'fasterai.fold.uses._holds_inside': ('fold.uses.html#_holds_inside', 'fasterai/fold/uses.py'),
                                     'fasterai.fold.uses._hooks': ('fold.uses.html#_hooks', 'fasterai/fold/uses.py'),
+                                    'fasterai.fold.uses._invents': ('fold.uses.html#_invents', 'fasterai/fold/uses.py'),
                                     'fasterai.fold.uses._is_fact': ('fold.uses.html#_is_fact', 'fasterai/fold/uses.py'),
                                     'fasterai.fold.uses._is_list': ('fold.uses.html#_is_list', 'fasterai/fold/uses.py'),
                                     'fasterai.fold.uses._may_change': ('fold.uses.html#_may_change', 'fasterai/fold/uses.py'),

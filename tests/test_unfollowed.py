@@ -185,9 +185,17 @@ class Wraps(nn.Module):
         try: return super().__getattr__(name)
         except AttributeError: return getattr(super().__getattr__('net'), name)
     def forward(self, *xs): return self.conv(*xs) if xs[0].shape[-1] > 6 else self.net(*xs)
+class Alias(Net):
+    def __getattribute__(self, name): return self.conv if name == 'alias' else super().__getattribute__(name)
+class OfAnAlias(Root):
+    def __init__(self): super().__init__(); self.net = Alias()
+    def other(self, x): return self.net.alias(x)
+class ByAnAlias(Root):
+    def __getattribute__(self, name): return self.net.conv if name == 'alias' else super().__getattribute__(name)
+    def other(self, x): return self.alias(x)
 def in_an_L(m): m.layers = L(m.net.children()); m.held = types.MethodType(lambda self: self.layers[0], m)
 
-@pytest.mark.parametrize('make', [Wraps, holds(in_an_L)], ids=['__getattr__', 'fastcore'])
+@pytest.mark.parametrize('make', [Wraps, OfAnAlias, ByAnAlias, holds(in_an_L)], ids=['__getattr__', '__getattribute__', 'of its own', 'fastcore'])
 def test_reaches_a_layer_by_what_an_object_makes_of_it(make): same_for_all(make)
 
 

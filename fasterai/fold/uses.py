@@ -41,11 +41,13 @@ _plain_facts,_plain = {'training', '_get_name', 'extra_repr', '__class__'}, (*AT
 
 def _may_change(c): return not c._modules and bool(c._parameters or c._buffers)
 
+def _invents(c): return type(c).__getattr__ is not nn.Module.__getattr__ # attributes that it has not
+
 def _is_fact(c, name):
     "Is the attribute `name` of `c` a number, a name, or a container of such, which stays as it is?"
     if _may_change(c): return False
     v = vars(c).get(name, inspect.getattr_static(type(c), name, c))
-    if v is c: return name not in (*c._parameters, *c._buffers, *c._modules) and type(c).__getattr__ is nn.Module.__getattr__ # there is none
+    if v is c: return name not in (*c._parameters, *c._buffers, *c._modules) and not _invents(c) # there is none
     if isinstance(v, property): return _tells_a_fact(c, v.fget)
     return name in _plain_facts or type(v) is Tensor or type(v) in _plain and not held_in(v, (nn.Module, Tensor, FunctionType, MethodType))
 
@@ -235,7 +237,7 @@ def of_Attribute(self:Uses, n):
 def attribute(self:Uses, tags, name):
     found = set()
     for c,d in tags:
-        if d: self.lose({(c, d)})
+        if d or type(c).__getattribute__ is not object.__getattribute__: self.lose({(c, d)})
         elif name in c._modules: found |= {(c._modules[name], 0)} if c._modules[name] is not None else set()
         elif name == '_modules': found |= {(k, 1) for k in c._modules.values() if k is not None}
         elif c is self.m: self.own(name)
@@ -252,7 +254,7 @@ def own(self:Uses, name):
         return
     if name in (*self.m._parameters, *self.m._buffers, *_plain_facts): return
     of_class = [vars(k)[name] for k in type(self.m).__mro__ if name in vars(k)]
-    if not of_class and type(self.m).__getattr__ is not nn.Module.__getattr__: return self.none_is_safe()
+    if not of_class and _invents(self.m): return self.none_is_safe()
     for v in of_class:
         if isinstance(v, (staticmethod, classmethod)) or not hasattr(type(v), '__get__'): continue
         functions = [v.fget] if isinstance(v, property) else behind(v)
@@ -300,7 +302,7 @@ def by_name(self:Uses, n, given):
     if isinstance(n.args[1], ast.Constant): return self.attribute(given[0], n.args[1].value) | set().union(*given[2:])
     self.lose({(c, d) for c,d in given[0] if c is not self.m or d} | set().union(*given[1:]))
     if (self.m, 0) not in given[0]: return set()
-    if type(self.m).__getattr__ is not nn.Module.__getattr__: self.none_is_safe()
+    if _invents(self.m): self.none_is_safe()
     for name in {a for k in type(self.m).__mro__ if package_of(k) != 'torch' for a,f in vars(k).items() if hasattr(type(f), '__get__') and not a.startswith('__')}: self.own(name)
     return {(k, 0) for k in self.m._modules.values() if k is not None}
 
