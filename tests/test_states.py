@@ -513,6 +513,16 @@ def test_the_original_runs_in_another_thread(example):
         finally: stop.set()
     in_threads(use, job)
 
+@examples
+def test_another_thread_hooks_a_model_of_its_own(example):
+    model, images, stop = randomise(resnet18(num_classes=3)), torch.randn(1, 3, 32, 32, dtype=torch.float64), threading.Event()
+    def use():
+        other = nn.Linear(2, 2)
+        while not stop.is_set(): other.register_forward_hook(lambda *_: None).remove()
+    def job():
+        try: assert fold_quietly(model, images, example).folded == 20
+        finally: stop.set()
+    in_threads(use, job)
 
 def test_a_run_that_cannot_be_recorded():
     "a tensor under `vmap` has no memory of its own to look at"

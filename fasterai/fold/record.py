@@ -6,7 +6,7 @@
 __all__ = ['tensors_in', 'record_flow']
 
 # %% ../../nbs/04_fold.record.ipynb #7cf6eab1
-import gc,inspect,sys,threading
+import inspect,sys,threading
 from contextlib import ExitStack, contextmanager
 from itertools import product
 
@@ -181,6 +181,7 @@ class _Leaks(TorchFunctionMode):
 _with_kwargs = {'with_kwargs': True} if 'with_kwargs' in inspect.signature(register_module_forward_hook).parameters else {}
 
 _notes = [v for k,v in vars(nn_module).items() if k.startswith('_global_') and isinstance(v, dict)] # what PyTorch keeps of the hooks that hold for all modules
+_registering = threading.Lock() # PyTorch may number two hooks alike that two threads register at once
 
 @contextmanager
 def _entries(recorder):
@@ -205,7 +206,7 @@ def _entries(recorder):
             entry.args += values_in(entry.given[1])
             entry.outs += values_in(recorder.values(tensors_in(out)))
             entry.one = len(args) == 1 and not any(kwargs) and isinstance(args[0], Tensor) and isinstance(out, Tensor)
-    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True, **_with_kwargs)]
+    with _registering: handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True, **_with_kwargs)]
     try: yield
     finally:
         for h,notes in product(handles, _notes): notes.pop(h.id, None) # the hook, and what `h.remove()` leaves: it would slow down every module call from now on
@@ -234,18 +235,19 @@ def record_flow(
     "Run `model` once and write down what happens"
     recorder = _Recorder(model, known)
     with ExitStack() as ctx:
-        for c in (young_garbage(), untouched(model), same_random_state(), torch.no_grad(), _entries(recorder)): ctx.enter_context(c)
+        collect = ctx.enter_context(young_garbage())
+        for c in (untouched(model), same_random_state(), torch.no_grad(), _entries(recorder)): ctx.enter_context(c)
         ctx.callback(recorder.restore)
         with torch._C._AutoDispatchBelowAutograd(), _Leaks(recorder), recorder: out = model(*args, **kwargs)
-        _note_alive(recorder, out)
+        _note_alive(recorder, out, collect)
     read_written_out(recorder.flow)
     recorder.flow.note_hooks()
     return recorder.flow, out
 
-def _note_alive(recorder, out):
+def _note_alive(recorder, out, collect):
     "A value that is still alive when the run is over has a reader outside"
     for t in tensors_in(out): recorder.value(t).outside = 'the caller of the model'
     weights = set(recorder.flow.params.values())
     alive = lambda: [v for v in recorder.memory.alive() if v.call and not v.outside and v not in weights]
-    if alive(): gc.collect()
+    if alive(): collect()
     for v in alive(): v.outside = 'something that keeps it after the run'

@@ -6,7 +6,7 @@
 __all__ = ['Pass', 'trace_ways']
 
 # %% ../../nbs/04_fold.ways.ipynb #a40c51dd
-import builtins,functools,gc,operator,sys,threading,weakref
+import builtins,functools,operator,sys,threading,weakref
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
@@ -44,7 +44,7 @@ class _Tracer(fx.proxy.TracerBase):
     "Goes through a part of a model and all that it calls, but for the `opaque` modules"
     def __init__(self, names, params, opaque, random):
         self.names,self.params,self.opaque,self.random = names,params,opaque,random # `random`: the state of the generators, if no number may be drawn
-        self.thread,self.autocast,self.modes,self.hooks = threading.get_ident(),_in_autocast(),None,RemovableHandle.next_id
+        self.thread,self.autocast,self.modes = threading.get_ident(),_in_autocast(),None
         self.stack,self.frames,self.tries = [],[],0 # the modules that it is in; the choices of each
         self.nodes,self.calls,self.passes = [],[],[]
         self.read,self.branched,self.decided = set(),set(),[] # parameters; modules with several ways; the values that chose
@@ -97,12 +97,12 @@ def stand_in(self:_Tracer, t):
     return self.proxies[name]
 
 @patch
-def still_held(self:_Tracer, out):
+def still_held(self:_Tracer, out, collect):
     "What the stand-ins stand for that something besides what is seen in `out` still holds when the trace is over: a later call could meet them"
     self.proxies.clear()
     given = {*nodes_in(out)}
     alive = lambda: [p.node for ref in self.made if (p := ref()) is not None and p.node not in given]
-    if alive(): gc.collect()
+    if alive(): collect()
     return alive()
 
 # %% ../../nbs/04_fold.ways.ipynb #216112a7
@@ -207,7 +207,6 @@ def call_module(self:_Tracer, m, args, kwargs):
     if m not in self.names:
         if not self.is_passing(m): raise Opaque(self.here(), f'it calls a {type(m).__name__} that is no part of the model', choice=False)
         return m.forward(*args, **kwargs)
-    if RemovableHandle.next_id != self.hooks: raise Opaque(self.here(), 'it registers a hook')
     if type(m) not in self.opaque and not called_plainly(m): raise Opaque(m, 'it has a `__call__` of its own')
     self.stack.append(self.names[m])
     at = len(self.nodes)
@@ -288,7 +287,7 @@ def prepare(self:_Tracer, read):
 @contextmanager
 def watching(self:_Tracer):
     "Divert this thread's module calls and parameter reads, and see which modules it makes; other threads pass through"
-    call,get,init,is_ = nn.Module.__call__, nn.Module.__getattr__, nn.Module.__init__, builtins.isinstance
+    call,get,init,hook,is_ = nn.Module.__call__, nn.Module.__getattr__, nn.Module.__init__, RemovableHandle.__init__, builtins.isinstance
     mine = lambda: threading.get_ident() == self.thread
     def __call__(m, *args, **kwargs): return self.call_module(m, args, kwargs) if mine() else call(m, *args, **kwargs)
     def __getattr__(m, name):
@@ -297,12 +296,15 @@ def watching(self:_Tracer):
     def __init__(m, *args, **kwargs):
         if mine(): self.modules_made.add(m)
         init(m, *args, **kwargs)
-    nn.Module.__call__,nn.Module.__getattr__,nn.Module.__init__,builtins.isinstance = __call__,__getattr__,__init__,is_instance
+    def __handle__(handle, *args, **kwargs):
+        if mine(): raise Opaque(self.here(), 'it registers a hook') # before it is there
+        hook(handle, *args, **kwargs)
+    nn.Module.__call__,nn.Module.__getattr__,nn.Module.__init__,RemovableHandle.__init__,builtins.isinstance = __call__,__getattr__,__init__,__handle__,is_instance
     for name in MODULES & sys.modules.keys(): self.put(vars(sys.modules[name]))
     for space,asks in ((vars(sys.modules[n]), asks) for n,asks in STATES.items() if n in sys.modules): self.put(space, {n: self.state(space[n]) for n in asks if n in space})
     try: yield
     finally:
-        nn.Module.__call__,nn.Module.__getattr__,nn.Module.__init__,builtins.isinstance = call,get,init,is_
+        nn.Module.__call__,nn.Module.__getattr__,nn.Module.__init__,RemovableHandle.__init__,builtins.isinstance = call,get,init,hook,is_
         for space,name,was in self.patched:
             if was is None: del space[name]
             else: space[name] = was
@@ -350,7 +352,8 @@ def trace_ways(m, names, params, opaque, variant, random=None):
     tracer.stack.append(names[m])
     with ExitStack() as ctx:
         tracer.memory = ctx.enter_context(untouched(m))
-        for c in (same_random_state(), young_garbage()): ctx.enter_context(c)
+        ctx.enter_context(same_random_state())
+        collect = ctx.enter_context(young_garbage())
         ctx.callback(reads.restore)
         ctx.enter_context(tracer.watching())
         call = lambda: (tracer.leaf if known_layer(m) else tracer.ways)(m, *_given(tracer, variant))
@@ -364,7 +367,7 @@ def trace_ways(m, names, params, opaque, variant, random=None):
             with reads: out.append(call())
             for o in (o for (o,_),b in zip(memory, before) if _held_now(o) != b): raise Opaque(_holder(m, o), 'it counts its calls')
         drawn = random_state() != state
-        tracer.kept = tracer.still_held(out) # while `out` is there: it may be of a kind that we can't look into
+        tracer.kept = tracer.still_held(out, collect) # while `out` is there: it may be of a kind that we can't look into
     if drawn and random: raise Opaque(m, 'it draws random numbers')
     if drawn: return trace_ways(m, names, params, opaque, variant, state)
     for layer,settings in (n.settings for n in tracer.nodes if n.op == 'call_module'):
