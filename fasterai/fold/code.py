@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .held import codes_in, held_in, instructions, is_authors, named_in, own_attributes, package_of, reached, reads_attribute, remembered
+from .held import codes_in, held_in, instructions, is_authors, named_in, own_attributes, package_of, reached, reads_attribute, remembered, steps
 
 # %% ../../nbs/02_fold.code.ipynb #19287171
 _autocasts = {'is_autocast_enabled', 'is_autocast_cpu_enabled', 'is_autocast_xla_enabled', 'is_autocast_ipu_enabled'}
@@ -57,7 +57,7 @@ def _swallows(cls):
     "Are objects of this class contexts, in which an exception may end? Such an `__exit__` returns something"
     leave = inspect.unwrap(getattr(cls, '__exit__', None))
     if not is_authors(leave): return False
-    code = [i for i in dis.get_instructions(leave) if i.opname != 'CACHE']
+    code = [i for i in steps(leave.__code__) if i.opname != 'CACHE']
     returns = [i if i.opname == 'RETURN_CONST' else before for before,i in zip(code, code[1:]) if i.opname.startswith('RETURN_') and i.opname != 'RETURN_GENERATOR']
     return any(i.opname not in ('LOAD_CONST', 'RETURN_CONST') or i.argval for i in returns)
 
@@ -134,7 +134,7 @@ def _asks(f):
     held = named_in(f)[0]
     if f.__code__.co_flags & (inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR): return 'it runs when something awaits it'
     for c in codes_in(f.__code__):
-        code = [*dis.get_instructions(c)]
+        code = steps(c)
         if _catches(code) and not _of_autocast(held): return 'it catches exceptions'
         answered = _answered(f, code, held) if c is f.__code__ else ()
         if why := next(filter(None, (_asks_at(f, code, at, held) for at,i in enumerate(code) if i.offset not in answered)), ''): return why
@@ -229,7 +229,7 @@ def _asked_for_none(f, functions):
     ps,params,others = inspect.signature(f).parameters, set(), False
     for g in functions:
         for c in codes_in(g.__code__):
-            others = others or _asks_for_attributes([*dis.get_instructions(c)])
+            others = others or _asks_for_attributes(steps(c))
             for asked in _compared_with_none(c):
                 if asked.opname.startswith('LOAD_FAST') and g is f and asked.argval in ps: params.add(asked.argval)
                 elif not asked.opname.startswith('LOAD_ATTR'): others = True
@@ -242,7 +242,7 @@ def _asks_for_attributes(code):
 
 def _compared_with_none(c):
     "The instructions of a code that load what it compares with `None`"
-    code = [*dis.get_instructions(c)]
+    code = steps(c)
     by_is = [code[at-2] for at,i in enumerate(code) if at and i.opname == 'IS_OP' and code[at-1].argval is None]
     return by_is + [before for before,i in zip(code, code[1:]) if i.opname.startswith('POP_JUMP') and 'NONE' in i.opname]
 

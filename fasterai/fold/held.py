@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ATOMS', 'NAMESPACES', 'OWN', 'remembered', 'afresh', 'package_of', 'is_authors', 'is_record', 'slots_of', 'content',
-           'own_attributes', 'held_in', 'behind', 'reads_attribute', 'codes_in', 'instructions', 'named_in', 'reached',
-           'put_back', 'Memory', 'untouched', 'plain_device', 'random_state', 'same_random_state', 'uncollected',
-           'young_garbage']
+           'own_attributes', 'held_in', 'behind', 'reads_attribute', 'codes_in', 'steps', 'instructions', 'named_in',
+           'reached', 'put_back', 'Memory', 'untouched', 'plain_device', 'random_state', 'same_random_state',
+           'uncollected', 'young_garbage']
 
 # %% ../../nbs/01_fold.held.ipynb #497633f4
 import builtins,dis,functools,gc,inspect,operator,random,sys,weakref
@@ -133,11 +133,18 @@ def _parts(i):
     second = 'STORE_FAST' if i.opname.endswith('STORE_FAST') else borrowed
     return [i._replace(opname=o, opcode=dis.opmap[o], arg=0, argval=v) for o,v in zip((first, second), i.argval)]
 
+@remembered
+def steps(
+    code:CodeType,
+)->tuple: # Of `dis.Instruction`s
+    "What a code does, step by step"
+    return tuple(o for i in dis.get_instructions(code) for o in _parts(i))
+
 def instructions(
     f:FunctionType,
-)->list: # Of a list for each of its codes
+)->list: # Of the steps of each of its codes
     "What a function does, step by step, and what is defined in it"
-    return [[o for i in dis.get_instructions(c) for o in _parts(i)] for c in codes_in(f.__code__)]
+    return [steps(c) for c in codes_in(f.__code__)]
 
 def _only_asked(code, at):
     "Is the class that is loaded at `code[at]` read for an attribute, or given to `isinstance`? It makes nothing there"
@@ -152,7 +159,7 @@ def named_in(
     "What the names in the code of `f` stand for outside of it, and what is read from a module"
     closed,held,names,made,asked = inspect.getclosurevars(f).nonlocals, {}, set(), set(), set()
     for c in codes_in(f.__code__):
-        o,code = None,[*dis.get_instructions(c)]
+        o,code = None,steps(c)
         for at,i in enumerate(code):
             attr = reads_attribute(i)
             if isinstance(o, ModuleType): # whose attribute is read, or which goes somewhere as a whole

@@ -39,7 +39,6 @@ class Read(NamedTuple):
     "What code may read"
     any:frozenset=frozenset() # Attributes, and variables outside of it
     others:frozenset=frozenset() # All but the attributes of its own module
-    def __or__(self, o): return Read(self.any | o.any, self.others | o.others)
 
 @remembered
 def _methods(cls): return {inspect.unwrap(f) for c in cls.__mro__ for o in vars(c).values() for f in behind(o) if callable(f)}
@@ -109,11 +108,14 @@ def _read_by(f, is_own):
             elif i.opname.startswith(('LOAD_GLOBAL', 'LOAD_DEREF')): others.add(i.argval)
     return Read(frozenset(own | others), frozenset(others))
 
+@remembered
+def _read(cls, functions): return Read(*(frozenset().union(*names) for names in zip(Read(), *(_read_by(f, f in _methods(cls)) for f in functions))))
+
 def read(
     m:nn.Module,
 )->Read:
     "What the `forward` of `m` may read, its children's left out"
-    return functools.reduce(operator.or_, (_read_by(f, f in _methods(type(m))) for f in functions_of(m)), Read())
+    return _read(type(m), functions_of(m))
 
 # %% ../../nbs/03_fold.left.ipynb #efed1082
 def _holding(o):

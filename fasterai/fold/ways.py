@@ -51,7 +51,7 @@ class _Tracer(fx.proxy.TracerBase):
         self.proxies,self.made = {},[] # stand-ins: of parameters, and all
         self.readings,self.prepared,self.memory,self.patched = {},set(),None,[]
         self.modules_made = weakref.WeakSet() # by a `forward`
-        self.writing,self.readers = {},None # what each module may write; what each may read of another
+        self.writing,self.holding = {},{} # what each module may write; what each holds
 
     def module(self, name): return next(m for m,n in self.names.items() if n == name)
     def here(self): return self.module(self.stack[-1])
@@ -176,10 +176,15 @@ def leave(self:_Tracer, m, before, ends, writes):
 def asked_for(self:_Tracer, m, writes, given=False, held=frozenset()):
     "Another module may ask for what `m` leaves behind, one way or another: in what it writes, in what its caller gave it, or in containers that both hold, or have a name for"
     if given and len(self.stack) > 1: raise Opaque(self.module(self.stack[-2]), f'it goes by what {naming(self.names[m])} leaves behind')
-    if self.readers is None: self.readers = [(o, read(o), {id(h) for h in held_by((*own_attributes(o), *self.read_of(o).others))}) for o in self.names]
     inside = {*m.modules()}
-    for o,reads,holds in self.readers:
-        if type(o) not in self.opaque and (writes.met_by(reads) or o not in inside and held & holds): raise Opaque(o, f'it goes by what {naming(self.names[m])} leaves behind', alone=True)
+    for o in self.names:
+        if type(o) not in self.opaque and (writes.met_by(read(o)) or held and o not in inside and held & self.held_of(o)): raise Opaque(o, f'it goes by what {naming(self.names[m])} leaves behind', alone=True)
+
+@patch
+def held_of(self:_Tracer, m):
+    "What the code of `m` may find things in"
+    if m not in self.holding: self.holding[m] = {id(h) for h in held_by((*own_attributes(m), *self.read_of(m).others))}
+    return self.holding[m]
 
 @patch
 def written_below(self:_Tracer, m):
