@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STATES', 'KINDS_ASKED', 'MAX_WAYS', 'is_state', 'asks_kinds', 'Reading', 'reading', 'functions_of', 'reading_behind',
-           'hook_reading', 'asked_for_none', 'parameters', 'variants', 'was_raised', 'unpacked', 'is_message']
+           'hook_reading', 'named_by', 'asked_for_none', 'parameters', 'variants', 'was_raised', 'unpacked',
+           'is_message']
 
 # %% ../../nbs/02_fold.code.ipynb #f88cad2c
 import builtins,dis,functools,inspect,operator,random,sys
@@ -13,13 +14,13 @@ from contextvars import ContextVar
 from itertools import product
 from math import prod
 from threading import local
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from .held import codes_in, held_in, instructions, is_authors, named_in, own_attributes, package_of, reached, reads_attribute, remembered, steps
+from .held import LIBRARIES, codes_in, held_in, instructions, is_authors, named_in, own_attributes, package_of, reached, reads_attribute, remembered, steps
 
 # %% ../../nbs/02_fold.code.ipynb #19287171
 _autocasts = {'is_autocast_enabled', 'is_autocast_cpu_enabled', 'is_autocast_xla_enabled', 'is_autocast_ipu_enabled'}
@@ -94,10 +95,11 @@ KINDS_ASKED = 'it asks `type`', 'it asks `callable`' # the same for every tensor
 
 def _is_answer(o): return any(o is a for a in _answers)
 
-def _keeps(f, code, at):
-    "Does the instruction store what outlives the call: in a global, in the cell of a function, in a class?"
+def _keeps(f, code, at, held):
+    "Does the instruction store what outlives the call: in a global, in the cell of a function, in a class, in a Python module?"
     i,before = code[at], code[at-1]
-    if i.opname == 'STORE_ATTR': return before.opname == 'LOAD_GLOBAL' or before.argval == '__class__'
+    in_module = lambda: any(isinstance(o, ModuleType) and package_of(o) not in LIBRARIES and i.argval in vars(o) for o in held.values())
+    if i.opname == 'STORE_ATTR': return before.opname == 'LOAD_GLOBAL' or before.argval == '__class__' or before.argval != 'self' and in_module()
     return i.opname == 'STORE_GLOBAL' or i.opname == 'STORE_DEREF' and i.argval in f.__code__.co_freevars
 
 def _is_setting(code, held):
@@ -121,7 +123,7 @@ def _telling_attribute(code, at, held):
 def _asks_at(f, code, at, held):
     "What the instruction `code[at]` of the function `f` asks"
     i = code[at]
-    if _keeps(f, code, at): return 'it keeps what it computed'
+    if _keeps(f, code, at, held): return 'it keeps what it computed'
     if i.opname in ('MATCH_CLASS', 'MATCH_SEQUENCE', 'MATCH_MAPPING'): return 'it matches classes'
     if _compares_values(code, at, held): return 'it compares with `is`'
     if _telling_attribute(code, at, held): return f'it asks `{i.argval}`'
@@ -214,6 +216,12 @@ def hook_reading(
     "The same of the hooks that run with the `forward` of `m`. Those that fastai has itself only look at what goes in and comes out"
     read = reading_behind([*m._forward_hooks.values(), *m._forward_pre_hooks.values()])
     return read._replace(functions=tuple(f for f in read.functions if package_of(f) not in ('fastai', 'fastcore')))
+
+def named_by(
+    model:nn.Module,
+)->tuple: # Of functions, classes, containers and other objects, each once
+    "What the code of a model's modules comes to, besides what they hold"
+    return tuple({id(o): o for m in model.modules() for found in reading(m)[1:] for o in found}.values())
 
 # %% ../../nbs/02_fold.code.ipynb #3ad83a2a
 def asked_for_none(

@@ -9,14 +9,14 @@ __all__ = ['Written', 'Read', 'written', 'read', 'held_by', 'shared_by', 'Left']
 import dis,functools,inspect,operator
 from collections import deque
 from collections.abc import MutableMapping
-from functools import cached_property
 from types import FunctionType, ModuleType
 from typing import NamedTuple
 
 from torch import Tensor, fx, nn
 
 from .code import functions_of, hook_reading, reading
-from .held import ATOMS, NAMESPACES, OWN, behind, codes_in, content, held_in, instructions, is_record, own_attributes, package_of, put_back, reads_attribute, remembered, slots_of
+from .held import ATOMS, NAMESPACES, OWN, behind, codes_in, content, held_in, instructions, is_record, own_attributes, package_of, reads_attribute, remembered, slots_of
+from .memory import containers, copied, put_back, told
 
 # %% ../../nbs/03_fold.left.ipynb #6d6c2877
 _kinds = (dict, list, set, deque)
@@ -118,16 +118,11 @@ def read(
     return _read(type(m), functions_of(m))
 
 # %% ../../nbs/03_fold.left.ipynb #efed1082
-def _holding(o):
-    "In what `o` holds what it holds: in itself, or in its `__dict__`"
-    if issubclass(type(o), _kinds): return o
-    return vars(o) if hasattr(o, '__dict__') and (type(o) in NAMESPACES or is_record(type(o))) else None
-
 def held_by(
     o:tuple, # Attributes of a module, arguments of a call
 )->list: # Of containers, and the `__dict__`s of objects
     "All that `o` holds things in, but for modules"
-    return [h for c in held_in(o, object, but=(Tensor, type, nn.Module, fx.Proxy)) if (h := _holding(c)) is not None]
+    return [h for c in held_in(o, object, but=(Tensor, type, nn.Module, fx.Proxy)) if not issubclass(type(c), nn.Module) for h in containers(c)]
 
 def _in_sight(m, others):
     "What `m` holds, or its code has a name for, as it has for the `others`, and all that this holds, as far as the code of `m` has names that lead there"
@@ -148,25 +143,17 @@ def shared_by(
     "What the code of `m` may use, that others who have it, too, can change"
     is_array = lambda o: issubclass(type(o), Tensor) and not isinstance(o, nn.Parameter) or type(o).__module__ == 'numpy' and hasattr(o, 'flags')
     held = [*_in_sight(m, (*reading(m).others, *(hook_reading(m).others if hooked else ())))]
-    return {id(o) for o in held if issubclass(type(o), (*_kinds, MutableMapping))}, {id(o) for o in held if is_array(o)}, {id(o) for o in held if not isinstance(o, type) and _holding(o) is not o and hasattr(o, '__dict__') and not issubclass(type(o), (nn.Module, Tensor, FunctionType, ModuleType))}
+    return {id(o) for o in held if issubclass(type(o), (*_kinds, MutableMapping))}, {id(o) for o in held if is_array(o)}, {id(o) for o in held if not isinstance(o, type) and not issubclass(type(o), _kinds) and hasattr(o, '__dict__') and not issubclass(type(o), (nn.Module, Tensor, FunctionType, ModuleType))}
 
 class Left:
     "What the modules in `m` hold, and what can be written of what it is given and of what its code has names for"
     def __init__(self, m, given, named):
         self.places = {**{i: {n: v for n,v in vars(k).items() if n not in OWN or n == 'training'} for i,k in enumerate(m.modules())}, 'given': {'': given}, 'named': {'': named}}
         held = [h for k in m.modules() for h in (vars(k), k._buffers, *held_by((*own_attributes(k),)))] + held_by((given, named))
-        self.saved = {id(h): (h, h.copy()) for h in held}
+        self.saved = {id(h): (h, copied(h)) for h in held}
+        self.all_told = dict(line for at,o in self.places.items() for n,v in o.items() for line in self.told(v, (at, n))) # now: a tensor may be written into
 
-    def told(self, o, path, within=()):
-        "The numbers and names in `o` as they were, by the names that lead there"
-        held = o if type(o) is tuple else _holding(o)
-        if held is None or id(held) in within: return [(path, repr(o) if type(o) in ATOMS else '·')]
-        old = self.saved.get(id(held), (held, held))[1]
-        items = old.items() if isinstance(old, dict) else enumerate(old)
-        return [(path, len(old)), *(line for k,v in items for line in self.told(v, (*path, k), (*within, id(held))))]
-
-    @cached_property
-    def all_told(self): return dict(line for at,o in self.places.items() for n,v in o.items() for line in self.told(v, (at, n)))
+    def told(self, o, path=()): return told(o, path, self.saved)
 
     def put_back(self):
         for h,old in self.saved.values(): put_back(h, old)
@@ -174,5 +161,5 @@ class Left:
     def differing(self, other):
         "Where it differs from another: the names of attributes and keys; whether in what was given; and the containers"
         paths = {path for path,_ in self.all_told.items() ^ other.all_told.items()}
-        held = {i for i,(h,old) in self.saved.items() if i in other.saved and self.told(old, ()) != other.told(other.saved[i][1], ())}
+        held = {i for i,(h,old) in self.saved.items() if i in other.saved and self.told(old) != other.told(other.saved[i][1])}
         return {n for path in paths for n in path[1:] if type(n) is str and n}, any(at == 'given' for at,*_ in paths), held

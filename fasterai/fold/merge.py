@@ -17,7 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .apply import become, copied
 from .flow import hook_name, naming, under
-from .held import same_random_state, untouched
+from .held import same_random_state
+from .memory import untouched
 from .plan import Row
 from .verify import cloned, difference, run, tensors_in, tolerance_for
 

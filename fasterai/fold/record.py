@@ -21,7 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .carry import BY_SIZE, SAME
 from .known import custom_op
 from .flow import Entry, Flow, Value, mapped, read_written_out, values_in
-from .held import same_random_state, untouched, young_garbage
+from .code import named_by
+from .held import same_random_state, young_garbage
+from .memory import untouched
 
 # %% ../../nbs/04_fold.record.ipynb #87d216db
 def _geometry(t): return t.storage_offset(), tuple(t.shape), t.stride(), t.dtype
@@ -236,7 +238,7 @@ def record_flow(
     recorder = _Recorder(model, known)
     with ExitStack() as ctx:
         collect = ctx.enter_context(young_garbage())
-        for c in (untouched(model), same_random_state(), torch.no_grad(), _entries(recorder)): ctx.enter_context(c)
+        for c in (untouched(model, named_by(model)), same_random_state(), torch.no_grad(), _entries(recorder)): ctx.enter_context(c)
         ctx.callback(recorder.restore)
         with torch._C._AutoDispatchBelowAutograd(), _Leaks(recorder), recorder: out = model(*args, **kwargs)
         _note_alive(recorder, out, collect)

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from .flow import mapped
-from .held import same_random_state, untouched
+from .code import named_by
+from .held import same_random_state
+from .memory import untouched
 from .record import tensors_in
 
 # %% ../../nbs/08_fold.verify.ipynb #fdd13292
@@ -80,7 +82,7 @@ def run(
     kwargs:dict,
 )->object: # What it returns
     "The output of `model`"
-    with torch.no_grad(), same_random_state(), untouched(model): return model(*args, **kwargs)
+    with torch.no_grad(), same_random_state(), untouched(model, named_by(model)): return model(*args, **kwargs)
 
 # %% ../../nbs/08_fold.verify.ipynb #53dccff7
 def first_difference(

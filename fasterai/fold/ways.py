@@ -7,7 +7,6 @@ __all__ = ['Pass', 'trace_ways']
 
 # %% ../../nbs/04_fold.ways.ipynb #a40c51dd
 import builtins,functools,operator,sys,threading,weakref
-from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FunctionType, MethodType
@@ -21,9 +20,10 @@ from torch.utils.hooks import RemovableHandle
 
 from .code import KINDS_ASKED, MAX_WAYS, STATES, asked_for_none, is_state, reading, was_raised
 from .flow import naming, values_in
-from .held import ATOMS, codes_in, held_in, own_attributes, package_of, random_state, same_random_state, untouched, young_garbage
+from .held import codes_in, held_in, own_attributes, package_of, random_state, same_random_state, young_garbage
 from .known import METADATA, MODULES, called_plainly, content_of, given_out, giver, is_number, known_layer, length_of, operations_in, plain_batchnorm, settings_of
 from .left import Left, Written, held_by, read, written
+from .memory import copied, told, untouched
 from .standin import Impossible, Node, Number, Opaque, StandIn, Weight, asked_again, as_operation, is_instance, length, nodes_in, none_swallowed, package_of_frame, phi, type_of_any, OURS
 
 # %% ../../nbs/04_fold.ways.ipynb #1e5b1442
@@ -284,7 +284,7 @@ def prepare(self:_Tracer, read):
     "Note what the code that is read may write into, and put what a trace needs in the place of functions that it has names for"
     if id(read) in self.prepared: return
     self.prepared.add(id(read))
-    self.memory.note(*read.others)
+    self.memory.note(*read.functions, *read.others)
     for f in read.functions:
         if package_of(f) not in _plain_python: self.put_into(f.__globals__, {n for c in codes_in(f.__code__) for n in c.co_names})
 
@@ -343,10 +343,6 @@ def _given(tracer, variant):
     value = lambda p, way: tracer.create_proxy('placeholder', p.name, (), {}) if way == 'stand-in' else p.default if way == 'default' else way
     return [value(p, way) for p,way in variant if p.kind is not p.KEYWORD_ONLY], {p.name: value(p, way) for p,way in variant if p.kind is p.KEYWORD_ONLY}
 
-def _held_now(o):
-    "The numbers and names in a module or a dict, or how long a list is"
-    return {k: v for k,v in o.items() if type(v) in ATOMS} if isinstance(o, dict) else len(o) if isinstance(o, (list, set, deque)) else None
-
 def _holder(m, o): return next((k for k in m.modules() if o is vars(k) or any(v is o for v in vars(k).values())), m)
 
 @none_swallowed()
@@ -368,9 +364,10 @@ def trace_ways(m, names, params, opaque, variant, random=None):
         memory = tracer.memory.changed()
         tracer.wrote = bool(memory)
         if memory: # what it remembers of one call may decide another
-            before = [_held_now(o) for o,_ in memory]
+            before = {id(o): told(see(o)) for o,_,see in memory}
             with reads: out.append(call())
-            for o in (o for (o,_),b in zip(memory, before) if _held_now(o) != b): raise Opaque(_holder(m, o), 'it counts its calls')
+            for o in (o for o,_,see in tracer.memory.changed() if told(see(o)) != before.get(id(o))): raise Opaque(_holder(m, o), 'it counts its calls')
+        if tracer.branched and any(see is not copied for *_,see in memory): raise Opaque(m, 'what it leaves behind depends on its way')
         drawn = random_state() != state
         tracer.kept = tracer.still_held(out, collect) # while `out` is there: it may be of a kind that we can't look into
     if drawn and random: raise Opaque(m, 'it draws random numbers')
