@@ -9,12 +9,15 @@ __all__ = ['STATES', 'KINDS_ASKED', 'MAX_WAYS', 'is_state', 'asks_kinds', 'Readi
 
 # %% ../../nbs/02_fold.code.ipynb #f88cad2c
 import builtins,dis,functools,inspect,operator,random,sys
+from itertools import takewhile
+from logging import Logger
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from itertools import product
 from math import prod
-from threading import local
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from queue import Queue, SimpleQueue
+from threading import Barrier, Condition, Event, Semaphore, local
+from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, MethodType, ModuleType
 from typing import NamedTuple
 
 import torch
@@ -41,7 +44,7 @@ def is_state(
     o:object, # That code has a name for, or that is held in a table
 )->bool:
     "Is it a function that tells how a run is run?"
-    return getattr(o, '__name__', '') in _state_names and id(o) in _states(tuple(s for s in STATES if s in sys.modules))
+    return isinstance(o, (FunctionType, BuiltinFunctionType)) and o.__name__ in _state_names and id(o) in _states(tuple(s for s in STATES if s in sys.modules))
 
 # %% ../../nbs/02_fold.code.ipynb #ca830f96
 _structural = 'AttributeError', 'ImportError' # which no value of a tensor can bring about
@@ -127,6 +130,7 @@ def _asks_at(f, code, at, held):
     if i.opname in ('MATCH_CLASS', 'MATCH_SEQUENCE', 'MATCH_MAPPING'): return 'it matches classes'
     if _compares_values(code, at, held): return 'it compares with `is`'
     if _telling_attribute(code, at, held): return f'it asks `{i.argval}`'
+    if i.opname == 'LOAD_CONST' and i.argval in ('node', 'tracer') and any(o is hasattr or o is getattr for o in held.values()): return f'it asks `{i.argval}`' # which a stand-in has, and no size
     o = held.get(i.argval) if i.opname.startswith(('LOAD_GLOBAL', 'LOAD_DEREF')) else None
     if o is _isinstance and i.argval != 'isinstance': return 'it asks `isinstance` by another name'
     return f'it asks `{o.__name__}`' if _is_answer(o) or i.opname != 'LOAD_GLOBAL' and is_state(o) else ''
@@ -150,6 +154,8 @@ def _is_generator(o):
     kind = o if isinstance(o, type) else type(o)
     return id(o) not in _watched and (issubclass(kind, (random.Random, torch.Generator)) or kind.__module__.startswith('numpy.random'))
 
+_signals = SimpleQueue, Queue, Event, Condition, Semaphore, Barrier # which remember
+
 def _asked_by(o, named):
     "What something that code comes to asks, or what it is there for; what it has a name for, it asks itself"
     if is_state(o) or _is_answer(o): return '' if named else f'it asks `{o.__name__}`'
@@ -158,7 +164,7 @@ def _asked_by(o, named):
     if isinstance(o, functools._lru_cache_wrapper): return '' if named else 'it keeps what it computed'
     if isinstance(o, (ContextVar, local)): return 'it keeps what it computed'
     if _is_generator(o): return 'it draws random numbers'
-    if isinstance(o, Iterator): return 'it counts its calls'
+    if isinstance(o, (Iterator, *_signals)): return 'it counts its calls'
     return 'it catches exceptions' if _swallows(o if isinstance(o, type) else type(o)) else ''
 
 # %% ../../nbs/02_fold.code.ipynb #1ecbbce5
@@ -320,13 +326,27 @@ def unpacked(
     return i.argval if i and i.opname == 'UNPACK_SEQUENCE' else 0
 
 @functools.lru_cache(None)
-def is_message(
-    code:CodeType, # Of a frame that formats a value just now
-    at:int, # Where it does
-)->bool:
-    "Is the text that it is making for an error, an assertion or a message, and for nothing that the code goes on with?"
-    left = [i.opname for i in dis.get_instructions(code) if i.offset > at]
+def _given_text(code, at):
+    "The names that lead to what is called with the text that is made at `at`, and with nothing done to what it returns; `None` if the text is for an error"
+    steps = [i for i in dis.get_instructions(code) if i.opname not in ('CACHE', 'PUSH_NULL', 'PRECALL', 'KW_NAMES', 'NOP', 'EXTENDED_ARG')]
+    left = [i.opname for i in steps if i.offset > at]
     ends = next((at for at,o in enumerate(left) if o.startswith(('BUILD_STRING', 'STORE', 'POP_', 'RETURN', 'RAISE', 'COMPARE', 'CONTAINS'))), len(left))
     if left[ends:ends+1] == ['BUILD_STRING']: left = left[ends+1:]
-    last = next((o for o in left if not o.startswith(('PRECALL', 'KW_NAMES', 'CALL', 'LOAD'))), '')
-    return last in ('POP_TOP', 'RAISE_VARARGS')
+    last,calls = next(((o, sum(c.startswith('CALL') for c in left[:n])) for n,o in enumerate(left) if not o.startswith(('CALL', 'LOAD'))), ('', 0))
+    if last == 'RAISE_VARARGS': return None
+    if last != 'POP_TOP' or calls != 1: return ()
+    before = [i for i in steps if i.offset <= at]
+    start = max((n+1 for n,i in enumerate(before) if i.opname.startswith(('STORE', 'POP_', 'RESUME', 'RETURN'))), default=0)
+    attrs = [*takewhile(reads_attribute, before[start+1:])]
+    return tuple(i.argval for i in (before[start], *attrs)) if before[start].opname.startswith(('LOAD_FAST', 'LOAD_GLOBAL', 'LOAD_DEREF', 'LOAD_NAME')) else ()
+
+def is_message(
+    frame:FrameType, # Formats a value just now
+)->bool:
+    "Is the text that it is making for an error, an assertion or a message, and for nothing that the code goes on with?"
+    names = _given_text(frame.f_code, frame.f_lasti)
+    if not names: return names is None
+    owner,o = None,next((space[names[0]] for space in (frame.f_locals, frame.f_globals, vars(builtins)) if names[0] in space), None)
+    for n in names[1:]: owner,o = o,getattr(o, n, None)
+    if not isinstance(o, (FunctionType, BuiltinFunctionType)): return isinstance(owner, Logger)
+    return o is print or package_of(o).lstrip('_') in ('torch', 'warnings', 'logging')

@@ -266,7 +266,7 @@ def known(self:Finder, name):
     if at is not None: raise Unknown(f"{naming(at)} may use {naming(name)} as well, and can't be followed: {self.failed.get(at, 'a hook is given it')}")
 
 # %% ../../nbs/05_fold.finder.ipynb #6d213448
-CLAMPS = {nn.ReLU: lambda m: (0., inf), nn.ReLU6: lambda m: (0., 6.), nn.Hardtanh: lambda m: (m.min_val, m.max_val)} # an activation's bounds
+CLAMPS = {nn.ReLU: lambda m: (0., inf), **dict.fromkeys((nn.ReLU6, nn.Hardtanh), lambda m: (m.min_val, m.max_val))} # an activation's bounds
 
 @patch
 def alone(self:Finder, call):

@@ -49,7 +49,8 @@ def package_of(
     o:object, # A function, class or Python module
 )->str:
     "The package in which it was written"
-    return ((o.__globals__.get('__name__') if isinstance(o, FunctionType) else o.__name__ if isinstance(o, ModuleType) else o.__module__) or '').split('.')[0]
+    name = o.__globals__.get('__name__') if isinstance(o, FunctionType) else o.__name__ if isinstance(o, ModuleType) else o.__module__
+    return name.split('.')[0] if isinstance(name, str) else ''
 
 def is_authors(
     f:object,

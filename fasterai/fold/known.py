@@ -20,7 +20,7 @@ from torch._ops import OpOverloadPacket
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
-from .held import is_authors, remembered
+from .held import ATOMS, OWN, is_authors, remembered
 from .layers import LAYERS
 
 # %% ../../nbs/02_fold.known.ipynb #0df28b9b
@@ -43,8 +43,8 @@ def _is_pytorchs(cls): return cls.forward.__globals__.get('__name__', '').starts
 
 def settings_of(m):
     "What a layer does its work with: a trace must leave it as it was"
-    get = vars(m).get
-    return m._parameters.get('bias') is None, get('stride'), get('padding'), get('dilation'), get('groups'), get('eps'), *map(id, (*m._parameters.values(), *m._buffers.values()))
+    plain = {n: v for n,v in vars(m).items() if n not in OWN and type(v) in (tuple, *ATOMS)}
+    return m._parameters.get('bias') is None, plain, *map(id, (*m._parameters.values(), *m._buffers.values()))
 
 def known_layer(m):
     "Does `m` need no look inside? (For speed alone: a look inside would show the same; and an instance norm would ask whether it is given a batch)"
@@ -107,7 +107,7 @@ def operations_in(
 # %% ../../nbs/02_fold.known.ipynb #0c7bc8dd
 def _layer(node):
     "The layer that was called, if it is one that computes as PyTorch's own does"
-    m = node.settings[0] if node.op == 'call_module' else None
+    m = node.layer if node.op == 'call_module' else None
     return m if m and (known_layer(m) or plain_batchnorm(m)) else None
 
 def _rank_of_pattern(node):

@@ -9,6 +9,7 @@ __all__ = ['copied', 'put_back', 'containers', 'differs', 'aspects', 'Memory', '
 import operator,random
 from collections import OrderedDict, deque
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import CellType, FunctionType
 
 import torch
@@ -74,7 +75,17 @@ def _put_array(array, old): array[...] = old
 
 def _put_bytes(o, old): o[:] = old
 
+def _random_state(o): return o.bit_generator.state
+
 def _put_random(o, old): o.bit_generator.state = old
+
+def _same_states(a, b): return repr(a) == repr(b)
+
+def _of_parameter(p): return p.requires_grad, p.grad
+
+def _put_parameter(p, old):
+    p.requires_grad_(old[0])
+    p.grad = old[1]
 
 def _put_cell(cell, old): cell.cell_contents = old
 
@@ -104,7 +115,9 @@ def aspects(
     if isinstance(o, torch.Generator): return [(torch.Generator.get_state, torch.Generator.set_state, torch.equal)]
     if isinstance(o, random.Random): return [(random.Random.getstate, random.Random.setstate, operator.eq)]
     if _is_array(o): return [(operator.methodcaller('copy'), _put_array, _same_array)]
-    if type(o).__module__.startswith('numpy.random') and hasattr(o, 'bit_generator'): return [(lambda o: o.bit_generator.state, _put_random, lambda a, b: repr(a) == repr(b))]
+    if isinstance(o, nn.Parameter): return [(_of_parameter, _put_parameter, lambda a, b: all(map(operator.is_, a, b)))] if o.is_leaf else []
+    if isinstance(o, ContextVar): return [(lambda v: v.get(None), ContextVar.set, _is_same)]
+    if type(o).__module__ == 'numpy.random._generator': return [(_random_state, _put_random, _same_states)]
     return [(slots_of, _put_slots, _same_names)] if is_record(type(o)) and slots_of(o) else []
 
 # %% ../../nbs/02_fold.memory.ipynb #611a66f7
@@ -127,12 +140,12 @@ class Memory:
             o = todo.pop()
             if type(o) in ATOMS or id(o) in self.seen: continue
             self.seen.add(id(o))
+            self.besides += [(o, see(o), see, put, same) for see,put,same in aspects(o)]
             if isinstance(o, Tensor):
                 if _is_plain(o): self.places.append((o, _place(o), o.detach()))
                 if not isinstance(o, nn.Parameter) and not o.is_inference(): self.tensors.append((o, o._version, o.detach().clone()))
                 continue
             self.held += [(h, copied(h)) for h in containers(o)]
-            self.besides += [(o, see(o), see, put, same) for see,put,same in aspects(o)]
             if isinstance(o, nn.Module): todo += [*own_attributes(o), o._parameters, o._buffers, o._modules]
             else: todo += content(o) if not isinstance(o, type) else [v for v in _of_class(o).values() if _kind(v) or is_record(type(v))] if aspects(o) else []
             if is_record(type(o)) or isinstance(o, nn.Module): todo += type(o).__mro__

@@ -57,6 +57,8 @@ OURS = {'torch', 'fasterai'}
 _printers = {*OURS, 'logging', 'warnings'}
 def package_of_frame(frame): return frame.f_globals.get('__name__', '').split('.')[0]
 
+_maybe_none = {'index', 'grad', '_grad', '_base', 'grad_fn', '_grad_fn', 'name', 'names', '_backward_hooks', '_post_accumulate_grad_hooks'} # of a device or a tensor
+
 class Number(fx.Proxy):
     "Stands for a size, a dtype or what is computed from them"
     @classmethod
@@ -68,6 +70,9 @@ class Number(fx.Proxy):
 
     def _no(self, *args): raise Opaque(self.tracer.here(), 'it needs a number that depends on its input', frame=sys._getframe(1))
     __int__ = __float__ = __index__ = __contains__ = __hash__ = __deepcopy__ = __reduce_ex__ = _no
+    def __getattr__(self, name):
+        if not any(hasattr(kind, name) for kind in types_of(self.node)): raise AttributeError(f'a number has no attribute {name!r}')
+        return self._no() if name in _maybe_none else super().__getattr__(name)
     def __len__(self): return length_of(self.node) or self._no()
     def __iter__(self):
         frame = sys._getframe(1)
@@ -79,7 +84,7 @@ class Number(fx.Proxy):
     def __format__(self, spec): return self._text(sys._getframe(1))
     def _text(self, frame):
         if type_of(self.node) is torch.device: return str(next((t.device for t in self.tracer.params), 'cpu')) # where the model is, its input is
-        if package_of_frame(frame) not in _printers and not is_message(frame.f_code, frame.f_lasti): self._no()
+        if package_of_frame(frame) not in _printers and not is_message(frame): self._no()
         return 'a value'
 
     def _math(f): return lambda self, *args: self.tracer.create_proxy('call_function', f, (self, *args), {})
@@ -94,7 +99,8 @@ class StandIn(Number):
         if not hasattr(Tensor, name):
             if giver(self.node): raise Opaque(self.tracer.here(), 'it asks what kind of input it is given')
             raise AttributeError(f"'Tensor' object has no attribute {name!r}")
-        return super().__getattr__(name) if callable(getattr(Tensor, name)) else self.tracer.create_proxy('call_function', getattr, (self, name), {})
+        if name in _maybe_none: raise Opaque(self.tracer.here(), f'it asks `{name}`')
+        return fx.Proxy.__getattr__(self, name) if callable(getattr(Tensor, name)) else self.tracer.create_proxy('call_function', getattr, (self, name), {})
     def __setattr__(self, name, v):
         if hasattr(Tensor, name): raise Opaque(self.tracer.here(), f'it sets the `{name}` of a tensor')
         super().__setattr__(name, v)

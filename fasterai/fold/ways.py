@@ -47,7 +47,7 @@ class _Tracer(fx.proxy.TracerBase):
         self.thread,self.autocast,self.modes = threading.get_ident(),_in_autocast(),None
         self.stack,self.frames,self.tries = [],[],0 # the modules that it is in; the choices of each
         self.nodes,self.calls,self.passes = [],[],[]
-        self.read,self.branched,self.decided = set(),set(),[] # parameters; modules with several ways; the values that chose
+        self.read,self.branched,self.decided,self.settings = set(),set(),[],[] # parameters; modules with several ways; the values that chose
         self.proxies,self.made = {},[] # stand-ins: of parameters, and all
         self.readings,self.prepared,self.memory,self.patched = {},set(),None,[]
         self.modules_made = weakref.WeakSet() # by a `forward`
@@ -215,8 +215,10 @@ def call_module(self:_Tracer, m, args, kwargs):
     if type(m) not in self.opaque and not called_plainly(m): raise Opaque(m, 'it has a `__call__` of its own')
     self.stack.append(self.names[m])
     at = len(self.nodes)
+    leaf = type(m) in self.opaque or plain_batchnorm(m) or known_layer(m)
+    if leaf or package_of(type(m)) == 'torch': self.settings.append((m, settings_of(m))) # now: the trace puts them back
     try:
-        out = self.leaf(m, args, kwargs) if type(m) in self.opaque or plain_batchnorm(m) or known_layer(m) else self.ways(m, args, kwargs)
+        out = self.leaf(m, args, kwargs) if leaf else self.ways(m, args, kwargs)
         one = len(args) == 1 and not kwargs and issubclass(type(args[0]), fx.Proxy) and issubclass(type(out), fx.Proxy)
         given,made = ([args[0].node], [out.node]) if one else (nodes_in([args, kwargs]), nodes_in(out))
         self.calls.append((tuple(self.stack), given, made, one, at))
@@ -235,7 +237,7 @@ def leaf(self:_Tracer, m, args, kwargs):
     opaque,certain = type(m) in self.opaque, not any(choices for choices,_ in self.frames)
     if args and args[0] is None and not (opaque or m._forward_pre_hooks or not certain): raise Impossible(m, 'it is called without an input')
     out = self.create_proxy('call_module', self.names[m], args, kwargs)
-    out.node.training,out.node.settings,out.node.opaque = m.training,(m, settings_of(m)),opaque # now: the trace puts them back
+    out.node.layer,out.node.training,out.node.opaque = m,m.training,opaque # now: the trace puts it back
     if opaque and len(self.stack) > 1:
         self.no_none(self.stack[-2])
         writes = self.written_below(m)
@@ -352,9 +354,7 @@ def trace_ways(m, names, params, opaque, variant, random=None):
     reads = _Reads(tracer)
     tracer.stack.append(names[m])
     with ExitStack() as ctx:
-        tracer.memory = ctx.enter_context(untouched(m))
-        ctx.enter_context(same_random_state())
-        collect = ctx.enter_context(young_garbage())
+        tracer.memory,_,collect = map(ctx.enter_context, (untouched(m), same_random_state(), young_garbage()))
         ctx.callback(reads.restore)
         ctx.enter_context(tracer.watching())
         call = lambda: (tracer.leaf if known_layer(m) else tracer.ways)(m, *_given(tracer, variant))
@@ -372,7 +372,7 @@ def trace_ways(m, names, params, opaque, variant, random=None):
         tracer.kept = tracer.still_held(out, collect) # while `out` is there: it may be of a kind that we can't look into
     if drawn and random: raise Opaque(m, 'it draws random numbers')
     if drawn: return trace_ways(m, names, params, opaque, variant, state)
-    for layer,settings in (n.settings for n in tracer.nodes if n.op == 'call_module'):
+    for layer,settings in tracer.settings:
         if settings != settings_of(layer): raise Opaque(m, f'it changes the settings of {naming(names[layer])}')
     if held_in(out, (FunctionType, MethodType, functools.partial, nn.Module, Iterator, Coroutine, AsyncIterator)): raise Opaque(m, 'it returns what runs later')
     for o in out: tracer.create_node('output', 'output', (given_out(o),), {})

@@ -20,6 +20,7 @@ from ..fold.carry import CARRIERS
 from ..fold.flow import altered, hook_name, naming
 from ..fold.held import afresh, plain_device, same_random_state
 from ..fold.layers import LAYERS, NORMS
+from ..fold.left import read
 from ..fold.linear import PARALLEL, SERIES, plan_linear
 from ..fold.merge import merge, unasked
 from ..fold.plan import NEIGHBOURS, THROUGH, Plan, plan_folds
@@ -90,6 +91,14 @@ def learner_example(
 # %% ../../nbs/10_misc.bn_folding.ipynb #426749c2
 _known = frozenset({*LAYERS, *CARRIERS, *NORMS, 'batch_norm'})
 
+def _parts(model): return {part for n,_ in (*model.named_parameters(), *model.named_buffers()) for part in n.split('.') if part.isidentifier()}
+
+def _unasked_for(model, gone, advice):
+    "Raise `FoldError` if code of the model has a name for what is `gone` with the computations of its weights"
+    if 'parametrizations' in gone: gone |= {'is_parametrized', 'type_before_parametrizations'}
+    for name,m in model.named_modules():
+        if asked := sorted(gone & read(m).any): raise FoldError(f"{naming(name)} has a name for `{asked[0]}`, which is gone once its weights are plain: {advice}")
+
 class BN_Folder:
     """Folds the BatchNorms of a model into the layers beside them, wherever that is exact.
 
@@ -147,7 +156,10 @@ class BN_Folder:
         want = _on_example(run, model, (xs, kwargs)) if xs or kwargs else None
         rows,notes,advice = [],[],"its code asks how they are computed. The original is as it was: fold it without `bake` and `reparameterize`"
         with ExitStack() as undo:
-            if self.bake: undo.callback(bake(model))
+            if self.bake:
+                parts = _parts(model)
+                undo.callback(bake(model))
+                _unasked_for(model, parts - _parts(model), advice)
             try:
                 if self.reparameterize and want is None: notes = unasked(model)
                 elif self.reparameterize:
