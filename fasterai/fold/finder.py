@@ -20,6 +20,7 @@ from .carry import CARRIERS, ORDERS, PARTS, Stop, Unknown, cross, nothing
 from .uses import may_reach
 from .flow import Call, Value, altered, mapped, naming, under
 from .layers import LAYERS, NORMS, absorbs_before, in_channels, layer_call, out_channels
+from .held import is_authors
 from .known import called_plainly, plain_batchnorm
 
 # %% ../../nbs/05_fold.finder.ipynb #81239764
@@ -206,7 +207,7 @@ def _is_torch(m):
     "Does `m` compute as PyTorch's own layer does?"
     for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
         if isinstance(m, kind):
-            same = lambda n: getattr(type(m), n, ...) is getattr(kind, n, ...) and n not in vars(m)
+            same = lambda n: getattr(type(m), n, ...) is getattr(kind, n, ...) and n not in vars(m) and not is_authors(getattr(kind, n, ...))
             return called_plainly(m) and all(map(same, ('forward', '_conv_forward', '__getattr__', 'weight', 'bias')))
     return False
 

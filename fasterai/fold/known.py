@@ -17,6 +17,7 @@ from types import BuiltinFunctionType
 import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverloadPacket
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
@@ -39,7 +40,13 @@ def plain_batchnorm(
     "Is `m` a BatchNorm that computes as PyTorch's own does?"
     return isinstance(m, _BatchNorm) and 'forward' not in vars(m) and _is_pytorchs(type(m)) and type(m).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward) and called_plainly(m)
 
-def _is_pytorchs(cls): return cls.forward.__globals__.get('__name__', '').startswith('torch.nn.') # and not what someone put in its place
+_computing = 'batch_norm', 'instance_norm', 'linear', 'conv1d', 'conv2d', 'conv3d', 'relu'
+
+@remembered
+def _is_pytorchs(cls):
+    "Is what a layer computes by PyTorch's own, and not what someone put in its place, in the class or in `torch.nn.functional`?"
+    functions = [getattr(cls, n) for n in ('forward', '_conv_forward', '_check_input_dim') if hasattr(cls, n)] + [getattr(F, n) for n in _computing]
+    return cls.forward.__globals__.get('__name__', '').startswith('torch.nn.') and not any(map(is_authors, functions))
 
 def settings_of(m):
     "What a layer does its work with: a trace must leave it as it was"

@@ -10,12 +10,12 @@ import operator,random
 from collections import OrderedDict, deque
 from contextlib import contextmanager
 from contextvars import ContextVar
-from types import CellType, FunctionType
+from types import CellType, FunctionType, ModuleType
 
 import torch
 from torch import Tensor, fx, nn
 
-from .held import ATOMS, NAMESPACES, content, instructions, is_record, own_attributes, package_of, slots_of
+from .held import ATOMS, LIBRARIES, NAMESPACES, content, instructions, is_record, named_in, own_attributes, package_of, slots_of
 
 # %% ../../nbs/02_fold.memory.ipynb #4cddc2cf
 _kinds = OrderedDict, dict, list, set, deque
@@ -98,11 +98,13 @@ def _same_names(a, b): return not differs(a, b)
 def _same_array(a, b): return a.tobytes() == b.tobytes()
 
 def _globals_of(f):
-    "The global variables that a function sets, each as (how it is seen, how it is put back, are two the same?)"
-    space = f.__globals__
-    for n in {i.argval for code in instructions(f) for i in code if i.opname in ('STORE_GLOBAL', 'DELETE_GLOBAL')}:
-        def put(_, old, n=n): space.pop(n, None) if old is None else space.__setitem__(n, old)
-        yield (lambda _, n=n: space.get(n)), put, _is_same
+    "The global variables that a function sets, its own and those of other Python modules, each as (how it is seen, how it is put back, are two the same?)"
+    steps = [i for code in instructions(f) for i in code if i.opname.startswith(('STORE_', 'DELETE_'))]
+    modules = [o for o in named_in(f)[0].values() if isinstance(o, ModuleType) and package_of(o) not in LIBRARIES] if any('_ATTR' in i.opname for i in steps) else []
+    names = [(f.__globals__, i.argval) for i in steps if '_GLOBAL' in i.opname] + [(vars(o), i.argval) for o in modules for i in steps if '_ATTR' in i.opname and i.argval in vars(o)]
+    for space,n in names:
+        def put(_, old, space=space, n=n): space.pop(n, None) if old is None else space.__setitem__(n, old)
+        yield (lambda _, space=space, n=n: space.get(n)), put, _is_same
 
 def aspects(
     o:object,
