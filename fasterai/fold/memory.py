@@ -120,7 +120,7 @@ def aspects(
     if isinstance(o, nn.Parameter): return [(_of_parameter, _put_parameter, lambda a, b: all(map(operator.is_, a, b)))] if o.is_leaf else []
     if isinstance(o, ContextVar): return [(lambda v: v.get(None), ContextVar.set, _is_same)]
     if type(o).__module__ == 'numpy.random._generator': return [(_random_state, _put_random, _same_states)]
-    return [(slots_of, _put_slots, _same_names)] if is_record(type(o)) and slots_of(o) else []
+    return [(slots_of, _put_slots, _same_names)] if is_record(type(o)) and any('__slots__' in vars(c) for c in type(o).__mro__) else []
 
 # %% ../../nbs/02_fold.memory.ipynb #611a66f7
 def _place(t): return t.data_ptr(), t.dtype, t.device, t.shape, t.stride()
