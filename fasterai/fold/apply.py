@@ -218,7 +218,7 @@ def _copy(o, memo):
 
 def _attribute(m, name, memo):
     try: return _copy(vars(m)[name], memo)
-    except Exception as e: raise TypeError(f"the `{name}` of a {type(m).__name__} can't be copied ({type(e).__name__}: {e}): take it out first, or fold the model itself, with `inplace=True`") from e
+    except (TypeError, RuntimeError, LookupError, AttributeError) as e: raise TypeError(f"the `{name}` of a {type(m).__name__} can't be copied ({type(e).__name__}: {e}): take it out first, or fold the model itself, with `inplace=True`") from e
 
 def _check_hooks(m, memo):
     "Raise if a hook would go on with what the original holds: a function is not copied, nor is what it closes over"

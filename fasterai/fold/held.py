@@ -13,6 +13,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from collections import ChainMap, UserDict, UserList, deque
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from threading import local
 from types import CellType, CodeType, FunctionType, MappingProxyType, MethodType, ModuleType, SimpleNamespace
 
@@ -84,6 +85,8 @@ def content(o):
     if isinstance(o, FunctionType): return [*_closed_over(o), *(o.__defaults__ or ()), *(o.__kwdefaults__ or {}).values()]
     if isinstance(o, functools.partial): return [o.func, *o.args, *o.keywords.values()]
     if isinstance(o, weakref.ref): return [o()]
+    if isinstance(o, ContextVar): return [o.get(None)]
+    if isinstance(o, Iterator) and not isinstance(o, nn.Module): return gc.get_referents(o)
     inside = [*dict.keys(o), *dict.values(o)] if isinstance(o, dict) else [*o] if isinstance(o, (list, tuple, set, frozenset, deque)) else []
     return inside + ([*getattr(o, '__dict__', {}).values(), *slots_of(o).values()] if isinstance(o, (nn.Module, *NAMESPACES)) or is_record(type(o)) else [])
 

@@ -71,7 +71,7 @@ class Number(fx.Proxy):
     def _no(self, *args): raise Opaque(self.tracer.here(), 'it needs a number that depends on its input', frame=sys._getframe(1))
     __int__ = __float__ = __index__ = __contains__ = __hash__ = __deepcopy__ = __reduce_ex__ = _no
     def __getattr__(self, name):
-        if not any(hasattr(kind, name) for kind in types_of(self.node)): raise AttributeError(f'a number has no attribute {name!r}')
+        if (kind := type_of(self.node)) and not hasattr(kind, name): raise AttributeError(f'a number has no attribute {name!r}')
         return self._no() if name in _maybe_none else super().__getattr__(name)
     def __len__(self): return length_of(self.node) or self._no()
     def __iter__(self):

@@ -7,8 +7,7 @@ __all__ = ['Uses', 'may_reach', 'taken_apart']
 
 # %% ../../nbs/03_fold.uses.ipynb #6cd71ab2
 import ast,inspect
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable
 from types import FunctionType, MethodType
 
 from fastcore.basics import patch
@@ -343,8 +342,7 @@ def _holds_inside(m):
     of_class = [o for c in type(m).__mro__ if not c.__module__.startswith('torch.nn.') for o in vars(c).values()]
     others = reading(m).others
     modes = any(issubclass(o if isinstance(o, type) else type(o), (TorchFunctionMode, TorchDispatchMode)) for o in others)
-    found = held_in((*own, *of_class, *others), (nn.Module, nn.Parameter, Iterator, ContextVar))
-    return modes or not {*m.modules(), *m.parameters()}.isdisjoint(found) or any(issubclass(type(o), (Iterator, ContextVar)) for o in found) # nobody sees what these will give
+    return modes or not {*m.modules(), *m.parameters()}.isdisjoint(held_in((*own, *of_class, *others), (nn.Module, nn.Parameter)))
 
 def _hooks(m):
     "Those of its author's, which are given `m`; what fastai's own do is known"
