@@ -227,7 +227,7 @@ def named_by(
     model:nn.Module,
 )->tuple: # Of functions, classes, containers and other objects, each once
     "What the code of a model's modules comes to, besides what they hold"
-    return tuple({id(o): o for m in model.modules() for found in reading(m)[1:] for o in found}.values())
+    return tuple({id(o): o for m in model.modules() if package_of(type(m)) != 'torch' for found in reading(m)[1:] for o in found}.values())
 
 # %% ../../nbs/02_fold.code.ipynb #3ad83a2a
 def asked_for_none(

@@ -78,6 +78,8 @@ def _closed_over(f): return [c.cell_contents for n,c in zip(f.__code__.co_freeva
 
 def content(o):
     "What an object holds, as far as a `forward` would reach for it"
+    if type(o) is dict: return [*o, *o.values()]
+    if type(o) in (list, tuple): return o
     if isinstance(o, (MappingProxyType, weakref.WeakValueDictionary, weakref.WeakKeyDictionary)): return [*o.keys(), *o.values()]
     if type(o).__module__ == 'numpy' and getattr(o, 'dtype', None) == object: return o.ravel().tolist()
     if isinstance(o, L): return [o.items]

@@ -20,12 +20,13 @@ from .held import ATOMS, LIBRARIES, NAMESPACES, content, instructions, is_record
 # %% ../../nbs/02_fold.memory.ipynb #4cddc2cf
 _kinds = OrderedDict, dict, list, set, deque
 
-def _kind(o): return next((k for k in _kinds if issubclass(type(o), k)), None)
+def _kind(o): return type(o) if type(o) in _kinds else next((k for k in _kinds if issubclass(type(o), k)), None)
 
 def copied(
     o:object, # A container
 )->object: # A plain one
     "What a container holds now"
+    if type(o) in (dict, list, set): return o.copy()
     kind = _kind(o)
     if issubclass(kind, dict): return dict(kind.items(o))
     return deque(kind.__iter__(o), o.maxlen) if kind is deque else kind(kind.__iter__(o))
@@ -51,7 +52,7 @@ def differs(
     old:object, # A copy of it
 )->bool:
     "Does a container hold something else by now, or in another order?"
-    now = copied(o)
+    now = o if type(o) in _kinds else copied(o)
     if isinstance(now, dict): return [*now] != [*old] or not all(map(operator.is_, now.values(), old.values()))
     return now != old if isinstance(now, set) else len(now) != len(old) or not all(map(operator.is_, now, old))
 
@@ -142,6 +143,10 @@ class Memory:
             o = todo.pop()
             if type(o) in ATOMS or id(o) in self.seen: continue
             self.seen.add(id(o))
+            if type(o) in (dict, list, tuple):
+                if type(o) is not tuple: self.held.append((o, o.copy()))
+                todo += content(o)
+                continue
             self.besides += [(o, see(o), see, put, same) for see,put,same in aspects(o)]
             if isinstance(o, Tensor):
                 if _is_plain(o): self.places.append((o, _place(o), o.detach()))
