@@ -8,7 +8,7 @@ __all__ = ['STATES', 'KINDS_ASKED', 'MAX_WAYS', 'is_state', 'asks_kinds', 'Readi
            'is_message']
 
 # %% ../../nbs/02_fold.code.ipynb #f88cad2c
-import builtins,dis,functools,inspect,operator,random,sys
+import builtins,dis,functools,inspect,operator,random,sys,warnings
 from itertools import takewhile
 from logging import Logger
 from collections.abc import Callable, Iterator
@@ -328,15 +328,18 @@ def unpacked(
 @functools.lru_cache(None)
 def _given_text(code, at):
     "The names that lead to what is called with the text that is made at `at`, and with nothing done to what it returns; `None` if the text is for an error"
-    steps = [i for i in dis.get_instructions(code) if i.opname not in ('CACHE', 'PUSH_NULL', 'PRECALL', 'KW_NAMES', 'NOP', 'EXTENDED_ARG')]
+    steps = [i for i in dis.get_instructions(code) if i.opname not in ('CACHE', 'PUSH_NULL', 'PRECALL', 'NOP', 'EXTENDED_ARG')]
+    if not any(i.offset == at for i in steps): at = next(i.offset for i in steps if i.offset > at) # a call has several steps in one version of Python or another
     left = [i.opname for i in steps if i.offset > at]
     ends = next((at for at,o in enumerate(left) if o.startswith(('BUILD_STRING', 'STORE', 'POP_', 'RETURN', 'RAISE', 'COMPARE', 'CONTAINS'))), len(left))
     if left[ends:ends+1] == ['BUILD_STRING']: left = left[ends+1:]
-    last,calls = next(((o, sum(c.startswith('CALL') for c in left[:n])) for n,o in enumerate(left) if not o.startswith(('CALL', 'LOAD'))), ('', 0))
-    if last == 'RAISE_VARARGS': return None
-    if last != 'POP_TOP' or calls != 1: return ()
+    last = next((n for n,o in enumerate(left) if not o.startswith(('CALL', 'LOAD', 'KW_NAMES'))), 0)
+    calls = [o for o in left[:last] if o.startswith(('CALL', 'KW_NAMES'))]
+    if left[last:last+1] == ['RAISE_VARARGS']: return None
+    if left[last:last+1] != ['POP_TOP'] or calls not in (['CALL'], ['CALL_FUNCTION'], ['CALL_METHOD']): return () # `file` may be an argument by name
     before = [i for i in steps if i.offset <= at]
     start = max((n+1 for n,i in enumerate(before) if i.opname.startswith(('STORE', 'POP_', 'RESUME', 'RETURN'))), default=0)
+    if any('JUMP' in i.opname for i in before[start:]): return ()
     attrs = [*takewhile(reads_attribute, before[start+1:])]
     return tuple(i.argval for i in (before[start], *attrs)) if before[start].opname.startswith(('LOAD_FAST', 'LOAD_GLOBAL', 'LOAD_DEREF', 'LOAD_NAME')) else ()
 
@@ -348,5 +351,5 @@ def is_message(
     if not names: return names is None
     owner,o = None,next((space[names[0]] for space in (frame.f_locals, frame.f_globals, vars(builtins)) if names[0] in space), None)
     for n in names[1:]: owner,o = o,getattr(o, n, None)
-    if not isinstance(o, (FunctionType, BuiltinFunctionType)): return isinstance(owner, Logger)
-    return o is print or package_of(o).lstrip('_') in ('torch', 'warnings', 'logging')
+    if isinstance(owner, Logger): return getattr(type(owner), names[-1], 0) is getattr(Logger, names[-1], 1)
+    return o is print or o is warnings.warn or o in (torch._assert, torch._check)

@@ -70,9 +70,15 @@ def is_record(kind):
     if issubclass(kind, _boxes): return True
     return package_of(kind) not in LIBRARIES and not issubclass(kind, (nn.Module, Tensor, type))
 
+def _slots(cls):
+    "The names of a class's own slots, as its objects have them"
+    names = vars(cls).get('__slots__', ())
+    private = lambda n: n.startswith('__') and not n.endswith('__')
+    return [f"_{cls.__name__.lstrip('_')}{n}" if private(n) else n for n in ([names] if isinstance(names, str) else names) if n not in ('__dict__', '__weakref__')]
+
 def slots_of(o):
     "What an object holds besides in its `__dict__`"
-    return {n: getattr(o, n) for c in type(o).__mro__ for n in vars(c).get('__slots__', ()) if not n.startswith('__') and hasattr(o, n)}
+    return {n: getattr(o, n) for c in type(o).__mro__ for n in _slots(c) if hasattr(o, n)}
 
 def _closed_over(f): return [c.cell_contents for n,c in zip(f.__code__.co_freevars, f.__closure__ or ()) if n != '__class__' and c != CellType()]
 
@@ -84,8 +90,8 @@ def content(o):
     if type(o).__module__ == 'numpy' and getattr(o, 'dtype', None) == object: return o.ravel().tolist()
     if isinstance(o, L): return [o.items]
     if isinstance(o, MethodType): return [o.__self__, *content(o.__func__)]
-    if isinstance(o, FunctionType): return [*_closed_over(o), *(o.__defaults__ or ()), *(o.__kwdefaults__ or {}).values()]
-    if isinstance(o, functools.partial): return [o.func, *o.args, *o.keywords.values()]
+    if isinstance(o, FunctionType): return [*_closed_over(o), *(o.__defaults__ or ()), *([o.__kwdefaults__] if o.__kwdefaults__ else [])]
+    if isinstance(o, functools.partial): return [o.func, *o.args, o.keywords]
     if isinstance(o, weakref.ref): return [o()]
     if isinstance(o, ContextVar): return [o.get(None)]
     if isinstance(o, Iterator) and not isinstance(o, nn.Module): return gc.get_referents(o)

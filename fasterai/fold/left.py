@@ -16,11 +16,13 @@ from torch import Tensor, fx, nn
 
 from .code import functions_of, hook_reading, reading
 from .held import ATOMS, NAMESPACES, OWN, behind, codes_in, content, held_in, instructions, is_record, own_attributes, package_of, reads_attribute, remembered, slots_of
-from .memory import containers, copied, put_back, told
+from .memory import alike, containers, copied, put_back, told
 
 # %% ../../nbs/03_fold.left.ipynb #6d6c2877
 _kinds = (dict, list, set, deque)
-_changing = {'append', 'appendleft', 'extend', 'insert', 'add', 'update', 'setdefault', 'pop', 'popleft', 'popitem', 'remove', 'discard', 'clear', 'sort', 'reverse', '__setitem__', 'register_buffer'}
+_changing = {'append', 'appendleft', 'extend', 'insert', 'add', 'update', 'setdefault', 'pop', 'popleft', 'popitem', 'remove', 'discard', 'clear', 'sort', 'reverse', '__setitem__', '__delitem__', 'register_buffer', 'move_to_end', 'rotate'}
+_functions = {'heappush', 'heappop', 'heapreplace', 'heappushpop', 'heapify', 'insort', 'insort_left', 'insort_right', 'setitem', 'delitem'} # of Python's, which change what they are given
+_filling = {'fill', 'put', 'place', 'copyto', 'putmask', 'itemset'} # of NumPy's
 _making = '__init__', '__new__', '__post_init__' # what these are given is new
 _setting = *_making, '__setitem__', '__delitem__', '__setattr__', '__delattr__' # who uses the operator changes it
 _silent = ('CACHE', 'PRECALL', 'KW_NAMES', 'NOP', 'EXTENDED_ARG', 'RESUME')
@@ -62,13 +64,15 @@ def _is_made_here(code, i):
 def _changed_by(code, at):
     "What does the instruction change that was not made here: a container, a tensor?"
     i = code[at]
+    if i.opname == 'STORE_SLICE': return True, True
+    if i.opname.startswith('LOAD_GLOBAL'): return i.argval in _functions, i.argval in _functions
     if i.opname in ('STORE_SUBSCR', 'DELETE_SUBSCR'):
         if _is_made_here(code, _maker(code, at, 1)): return False, False
-        return not code[at-1].opname.startswith('BUILD_'), type(code[at-1].argval) is not str
+        return code[at-1].opname != 'BUILD_TUPLE', type(code[at-1].argval) is not str
     if i.opname.startswith('INPLACE_') or i.opname == 'BINARY_OP' and i.argrepr.endswith('='): return bool((left := _maker(code, at, 1)) and reads_attribute(left)), True
     if i.opname == 'STORE_ATTR': return False, i.argval in ('data', 'real', 'imag', 'flat')
     if not reads_attribute(i): return False, False
-    return i.argval in _changing and not _is_made_here(code, code[at-1]), i.argval.endswith('_') and not i.argval.startswith('_')
+    return i.argval in _functions or i.argval in _changing and not _is_made_here(code, code[at-1]), i.argval in _filling or i.argval.endswith('_') and not i.argval.startswith('_')
 
 def _by_computed_name(code):
     "Does it set attributes whose names it computes: by `setattr`, or in a `__dict__`?"
@@ -109,7 +113,11 @@ def _read_by(f, is_own):
     return Read(frozenset(own | others), frozenset(others))
 
 @remembered
-def _read(cls, functions): return Read(*(frozenset().union(*names) for names in zip(Read(), *(_read_by(f, f in _methods(cls)) for f in functions))))
+def _read(cls, functions):
+    reads = [(f, _read_by(f, f in _methods(cls))) for f in functions]
+    others = frozenset().union(*(r.others for _,r in reads))
+    elsewhere = [r.any for f,r in reads if f.__name__ in others and f.__name__ != 'forward'] # another's method as well
+    return Read(frozenset().union(*(r.any for _,r in reads)), others.union(*elsewhere))
 
 def read(
     m:nn.Module,
@@ -128,7 +136,7 @@ def _in_sight(m, others):
     "What `m` holds, or its code has a name for, as it has for the `others`, and all that this holds, as far as the code of `m` has names that lead there"
     names,seen = read(m).any, set()
     named = lambda o: [v for n,v in {**getattr(o, '__dict__', {}), **slots_of(o)}.items() if n in names and n not in OWN]
-    todo = [*named(m), *others]
+    todo = [*(v for k in m.modules() for v in named(k)), *others]
     while todo:
         o = todo.pop()
         if id(o) in seen or type(o) in ATOMS: continue
@@ -151,7 +159,8 @@ class Left:
         self.places = {**{i: {n: v for n,v in vars(k).items() if n not in OWN or n == 'training'} for i,k in enumerate(m.modules())}, 'given': {'': given}, 'named': {'': named}}
         held = [h for k in m.modules() for h in (vars(k), k._buffers, *held_by((*own_attributes(k),)))] + held_by((given, named))
         self.saved = {id(h): (h, copied(h)) for h in held}
-        self.all_told = dict(line for at,o in self.places.items() for n,v in o.items() for line in self.told(v, (at, n))) # now: a tensor may be written into
+        self.all_told = [line for at,o in self.places.items() for n,v in o.items() for line in self.told(v, (at, n))] # now: a tensor may be written into
+        self.numbers = str(alike(self.all_told)) # where one stand-in is like another
 
     def told(self, o, path=()): return told(o, path, self.saved)
 
@@ -160,6 +169,6 @@ class Left:
 
     def differing(self, other):
         "Where it differs from another: the names of attributes and keys; whether in what was given; and the containers"
-        paths = {path for path,_ in self.all_told.items() ^ other.all_told.items()}
+        paths = {path for path,_ in {*self.all_told} ^ {*other.all_told}}
         held = {i for i,(h,old) in self.saved.items() if i in other.saved and self.told(old) != other.told(other.saved[i][1])}
         return {n for path in paths for n in path[1:] if type(n) is str and n}, any(at == 'given' for at,*_ in paths), held

@@ -115,6 +115,7 @@ for _n in INPLACE:
 class Weight(StandIn):
     "Stands for a parameter or buffer, whose shape and kind are known"
     def __init__(self, node, tracer, held): super().__init__(node, tracer); self.held = held
+    def __getattr__(self, name): return getattr(self.held, name) if not hasattr(Tensor, name) and hasattr(self.held, name) else super().__getattr__(name)
     shape,dtype,device,ndim = (property(lambda self, n=n: getattr(self.held, n)) for n in ('shape', 'dtype', 'device', 'ndim'))
     def size(self, *args): return self.held.size(*args)
     def dim(self): return self.held.dim()

@@ -23,7 +23,7 @@ from .flow import naming, values_in
 from .held import codes_in, held_in, own_attributes, package_of, random_state, same_random_state, young_garbage
 from .known import METADATA, MODULES, called_plainly, content_of, given_out, giver, is_number, known_layer, length_of, operations_in, plain_batchnorm, settings_of
 from .left import Left, Written, held_by, read, written
-from .memory import copied, told, untouched
+from .memory import alike, copied, told, untouched
 from .standin import Impossible, Node, Number, Opaque, StandIn, Weight, asked_again, as_operation, is_instance, length, nodes_in, none_swallowed, package_of_frame, phi, type_of_any, OURS
 
 # %% ../../nbs/04_fold.ways.ipynb #1e5b1442
@@ -162,9 +162,9 @@ def ways(self:_Tracer, m, args, kwargs):
 @patch
 def leave(self:_Tracer, m, before, ends, writes):
     "Go on with what `m` leaves behind, if only it itself may ask for it; it may also write where nobody sees it"
-    seen = {n for e in (before, *ends) for path in e.all_told for n in path}
+    seen = {n for e in (before, *ends) for path,_ in e.all_told for n in path}
     self.asked_for(m, Written(writes.own - seen, writes.others - seen))
-    changed = {str(e.all_told): e for e in ends if e.all_told != before.all_told}
+    changed = {e.numbers: e for e in ends if e.all_told != before.all_told}
     if len(changed) > 1: raise Opaque(m, 'what it leaves behind depends on its way')
     for end in changed.values():
         end.put_back()
@@ -202,8 +202,8 @@ def merge(self:_Tracer, m, outs):
     if all(issubclass(type(o), fx.Proxy) for o in outs): return self.create_proxy('call_function', phi, tuple(outs), {})
     if all(type(o) is type(first) for o in outs):
         if isinstance(first, (list, tuple)) and len({len(o) for o in outs}) == 1: return type(first)(self.merge(m, o) for o in zip(*outs))
-        if isinstance(first, dict) and all(o.keys() == first.keys() for o in outs): return {k: self.merge(m, [o[k] for o in outs]) for k in first}
-        if not values_in(outs, fx.Proxy) and all(o == first for o in outs): return first
+        if isinstance(first, dict) and all([*o] == [*first] for o in outs): return {k: self.merge(m, [o[k] for o in outs]) for k in first}
+        if all(told(o) == told(first) for o in outs): return first
     raise Opaque(m, 'its ways give different things')
 
 # %% ../../nbs/04_fold.ways.ipynb #9642eb0e
@@ -364,9 +364,9 @@ def trace_ways(m, names, params, opaque, variant, random=None):
         memory = tracer.memory.changed()
         tracer.wrote = bool(memory)
         if memory: # what it remembers of one call may decide another
-            before = {id(o): told(see(o)) for o,_,see in memory}
+            before = {id(o): alike(told(see(o))) for o,_,see in memory}
             with reads: out.append(call())
-            for o in (o for o,_,see in tracer.memory.changed() if told(see(o)) != before.get(id(o))): raise Opaque(_holder(m, o), 'it counts its calls')
+            for o in (o for o,_,see in tracer.memory.changed() if alike(told(see(o))) != before.get(id(o))): raise Opaque(_holder(m, o), 'it counts its calls')
         if tracer.branched and any(see is not copied for *_,see in memory): raise Opaque(m, 'what it leaves behind depends on its way')
         drawn = random_state() != state
         tracer.kept = tracer.still_held(out, collect) # while `out` is there: it may be of a kind that we can't look into
