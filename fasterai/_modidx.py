@@ -331,6 +331,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fasterai.fold.left._by_computed_name': ('fold.left.html#_by_computed_name', 'fasterai/fold/left.py'),
                                     'fasterai.fold.left._changed_by': ('fold.left.html#_changed_by', 'fasterai/fold/left.py'),
                                     'fasterai.fold.left._in_sight': ('fold.left.html#_in_sight', 'fasterai/fold/left.py'),
+                                    'fasterai.fold.left._is_computed': ('fold.left.html#_is_computed', 'fasterai/fold/left.py'),
                                     'fasterai.fold.left._is_made_here': ('fold.left.html#_is_made_here', 'fasterai/fold/left.py'),
                                     'fasterai.fold.left._is_self': ('fold.left.html#_is_self', 'fasterai/fold/left.py'),
                                     'fasterai.fold.left._maker': ('fold.left.html#_maker', 'fasterai/fold/left.py'),

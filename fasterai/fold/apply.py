@@ -243,7 +243,7 @@ def copied(
         if plainly:
             memo[id(m)] = object.__new__(type(m)) # all of them before their attributes: one may hold another
             memo[id(m)].__dict__['training'] = m.training # for which a compiled one asks when it is copied around it
-    for m,plainly in seen.items():
+    for m,plainly in reversed(seen.items()): # what is inside first: a `__deepcopy__` of its own may look at it
         if plainly: vars(memo[id(m)]).update((name, _attribute(m, name, memo)) for name in vars(m) if name != '_compiled_call_impl') # `m.compile()` made it, and it runs the original
     new = copy.deepcopy(model, memo)
     for m in seen: _check_hooks(m, memo)

@@ -35,12 +35,13 @@ class Written(NamedTuple):
     fills:bool=False # Or a tensor, or an array?
     anything:bool=False # Or an attribute by a computed name?
     def __or__(self, o): return Written(self.own | o.own, self.others | o.others, *(a or b for a,b in zip(self[2:], o[2:])))
-    def met_by(self, read): return bool(self.own & read.others or self.others & read.any)
+    def met_by(self, read): return bool(self.own & read.others or self.others & read.any or read.anything and (self.own or self.others))
 
 class Read(NamedTuple):
     "What code may read"
     any:frozenset=frozenset() # Attributes, and variables outside of it
     others:frozenset=frozenset() # All but the attributes of its own module
+    anything:bool=False # Or an attribute of something else by a computed name?
 
 @remembered
 def _methods(cls): return {inspect.unwrap(f) for c in cls.__mro__ for o in vars(c).values() for f in behind(o) if callable(f)}
@@ -103,21 +104,27 @@ def written(
     holding = [n for n,v in vars(m).items() if n not in OWN and found.changes and held_in(v, _kinds, but=(Tensor, type, nn.Module))]
     return found | Written(frozenset(holding))
 
+def _is_computed(f, given):
+    "Is `getattr` given another thing than its own module, and a name that is not in the code?"
+    given = [i for i in given if i.opname not in (*_silent, 'PUSH_NULL')]
+    return (not _is_self(f, given[0]) or reads_attribute(given[1])) and not any(i.opname == 'LOAD_CONST' and type(i.argval) is str for i in given)
+
 @remembered
 def _read_by(f, is_own):
-    own,others = set(), {o for c in codes_in(f.__code__) for o in c.co_consts if type(o) is str}
+    own,others,anything = set(), {o for c in codes_in(f.__code__) for o in c.co_consts if type(o) is str}, False
     for code in instructions(f):
+        anything = anything or any(i.opname == 'LOAD_GLOBAL' and i.argval == 'getattr' and _is_computed(f, code[at+1:at+6]) for at,i in enumerate(code))
         for before,i in zip(code, code[1:]):
             if reads_attribute(i): (own if is_own and _is_self(f, before) else others).add(i.argval)
             elif i.opname.startswith(('LOAD_GLOBAL', 'LOAD_DEREF')): others.add(i.argval)
-    return Read(frozenset(own | others), frozenset(others))
+    return Read(frozenset(own | others), frozenset(others), anything)
 
 @remembered
 def _read(cls, functions):
     reads = [(f, _read_by(f, f in _methods(cls))) for f in functions]
     others = frozenset().union(*(r.others for _,r in reads))
     elsewhere = [r.any for f,r in reads if f.__name__ in others and f.__name__ != 'forward'] # another's method as well
-    return Read(frozenset().union(*(r.any for _,r in reads)), others.union(*elsewhere))
+    return Read(frozenset().union(*(r.any for _,r in reads)), others.union(*elsewhere), any(r.anything for _,r in reads))
 
 def read(
     m:nn.Module,
@@ -135,7 +142,7 @@ def held_by(
 def _in_sight(m, others):
     "What `m` holds, or its code has a name for, as it has for the `others`, and all that this holds, as far as the code of `m` has names that lead there"
     names,seen = read(m).any, set()
-    named = lambda o: [v for n,v in {**getattr(o, '__dict__', {}), **slots_of(o)}.items() if n in names and n not in OWN]
+    named = lambda o: [v for n,v in {**getattr(o, '__dict__', {}), **slots_of(o), **(o._buffers if isinstance(o, nn.Module) else {})}.items() if n in names and n not in OWN]
     todo = [*(v for k in m.modules() for v in named(k)), *others]
     while todo:
         o = todo.pop()

@@ -134,7 +134,7 @@ def _is_rewritten(t, version, old):
 
 class Memory:
     "What objects hold, and all that they reach: containers, records, modules, classes, closures, tensors, arrays"
-    def __init__(self): self.seen,self.held,self.tensors,self.places,self.besides = set(),[],[],[],[]
+    def __init__(self): self.seen,self.weights,self.held,self.tensors,self.places,self.besides = set(),set(),[],[],[],[]
 
     def note(self, *objects):
         "Note what these hold now, and what they reach does"
@@ -151,9 +151,10 @@ class Memory:
             if isinstance(o, Tensor):
                 self.held.append((vars(o), vars(o).copy()))
                 if _is_plain(o): self.places.append((o, _place(o), o.detach()))
-                if not isinstance(o, nn.Parameter) and not o.is_inference(): self.tensors.append((o, o._version, o.detach().clone()))
+                if id(o) not in self.weights and not o.is_inference(): self.tensors.append((o, o._version, o.detach().clone()))
                 continue
             self.held += [(h, copied(h)) for h in containers(o)]
+            if isinstance(o, nn.Module): self.weights.update(map(id, o._parameters.values())) # too many to copy
             if isinstance(o, nn.Module): todo += [*own_attributes(o), o._parameters, o._buffers, o._modules]
             else: todo += content(o) if not isinstance(o, type) else [v for v in _of_class(o).values() if _kind(v) or is_record(type(v))] if aspects(o) else []
             if is_record(type(o)) or isinstance(o, nn.Module): todo += type(o).__mro__
@@ -162,7 +163,7 @@ class Memory:
     def changed(self):
         "Of all that holds something else by now: what that is, what it held, and how to see what it holds"
         held = [(h, old, copied) for h,old in self.held if differs(h, old)]
-        tensors = [(t, old, lambda t: t) for t,version,old in self.tensors if _is_rewritten(t, version, old)]
+        tensors = [(t, old, Tensor.detach) for t,version,old in self.tensors if _is_rewritten(t, version, old)]
         return held + tensors + [(o, old, see) for o,old,see,_,same in self.besides if not same(see(o), old)]
 
     def restore(self):

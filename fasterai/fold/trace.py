@@ -214,7 +214,7 @@ def _left_apart(flow, refused):
         reached = {*held_in((o, *reading(o).others), nn.Module)}
         for m,writes,held in writers:
             if m not in hooked and (m is o or all(m in t for t in mine)): continue
-            meets = writes.own & reads.others and m in reached or writes.others & reads.any or writes.changes and shared[0] & held[0] or writes.fills and shared[1] & held[1] or writes.anything and shared[2] & held[2]
+            meets = (writes.own & reads.others or writes.own and reads.anything) and m in reached or writes.others & reads.any or writes.changes and shared[0] & held[0] or writes.fills and shared[1] & held[1] or writes.anything and shared[2] & held[2]
             if meets: found[o] = f'it goes by what {naming(names[m])} leaves behind'
     return found
 
@@ -290,7 +290,8 @@ def same_outline(
     outside = lambda tracer: [n for n in (stack[-1] for stack,*_ in tracer.calls) if not any(n[:i] in gone for i,c in enumerate(n) if c == '.')] # what one that is gone called may be gone too
     with _lock:
         for name,opaque,was in flow.traces:
-            try: now = trace_ways(modules[name], names, params, opaque, was.variant)
+            theirs = opaque | {type(modules[n]) for n,m in flow.modules.items() if type(m) in opaque and n in modules} # a copy may be of a class of its own
+            try: now = trace_ways(modules[name], names, params, theirs, was.variant)
             except (Opaque, Exception) as e: return f"{naming(name)} fails: {getattr(e, 'why', e)}"
             if _outline(now, gone, both, heirs) != _outline(was, gone, both) or outside(now) != outside(was): return f'{naming(name)} computes something else'
     return ''

@@ -22,7 +22,7 @@ from .code import KINDS_ASKED, MAX_WAYS, STATES, asked_for_none, is_state, readi
 from .flow import naming, values_in
 from .held import codes_in, held_in, own_attributes, package_of, random_state, same_random_state, young_garbage
 from .known import METADATA, MODULES, called_plainly, content_of, given_out, giver, is_number, known_layer, length_of, operations_in, plain_batchnorm, settings_of
-from .left import Left, Written, held_by, read, written
+from .left import Left, Written, held_by, read, shared_by, written
 from .memory import alike, copied, told, untouched
 from .standin import Impossible, Node, Number, Opaque, StandIn, Weight, asked_again, as_operation, is_instance, length, nodes_in, none_swallowed, package_of_frame, phi, type_of_any, OURS
 
@@ -183,7 +183,7 @@ def asked_for(self:_Tracer, m, writes, given=False, held=frozenset()):
 @patch
 def held_of(self:_Tracer, m):
     "What the code of `m` may find things in"
-    if m not in self.holding: self.holding[m] = {id(h) for h in held_by((*own_attributes(m), *self.read_of(m).others))}
+    if m not in self.holding: self.holding[m] = {id(h) for h in held_by((*own_attributes(m), *self.read_of(m).others))} | shared_by(m)[1]
     return self.holding[m]
 
 @patch
@@ -242,7 +242,7 @@ def leaf(self:_Tracer, m, args, kwargs):
         self.no_none(self.stack[-2])
         writes = self.written_below(m)
         held = {id(h) for o in m.modules() for h in held_by((*own_attributes(o),))} if writes.changes else set()
-        self.asked_for(m, writes, writes.changes and bool(held_by((*args, *kwargs.values()))), held)
+        self.asked_for(m, writes, writes.changes and bool(held_by((*args, *kwargs.values()))), held | (shared_by(m)[1] if writes.fills else set()))
     return out
 
 @patch
