@@ -1,5 +1,5 @@
 "What a model keeps between two calls, in whatever it is held, decides the next one; and is as it was after a fold. Each was once folded, wrongly, or changed."
-import collections, contextvars, enum, itertools, random, threading, types
+import collections, contextvars, enum, heapq, io, itertools, math, random, threading, types
 
 import numpy as np, pytest, torch
 import torch.nn.functional as F
@@ -116,6 +116,141 @@ def test_what_a_child_leaves_is_compared(values, late, own, example):
     new = BN_Folder().fold(model, *example)
     with torch.no_grad():
         for x in (small, large, small): assert torch.allclose(model(x), new(x))
+
+
+class Late(nn.Module):
+    "Keeps its BatchNorm out of the way when it is `late`, with a `child` to ask"
+    def __init__(self, child, late): super().__init__(); self.conv, self.bn, self.after, self.child, self.late = conv(), bn(), conv(), child, late
+    def forward(self, x):
+        y = self.conv(x)
+        return y if self.late(self, x) else self.bn(y)
+class Child(nn.Module):
+    mode = 'small'
+    def __init__(self, write, **held): super().__init__(); self.write = write; vars(self).update(held)
+    def forward(self, x): return self.write(self, x)
+    def is_large(self): return self.mode == 'large'
+class Same(Child): pass
+class Opaquely(Child):
+    def forward(self, x): int(x.amax()); return self.write(self, x)
+def after(ask): return lambda m, x: (m.child(x), ask(m.child))[1]
+def large_in(ask): return lambda m, x: ask(m.child(x))
+def moded(c, x): c.mode = 'large' if x.shape[2] > 10 else 'small'
+def sliced(c, x):
+    if x.shape[2] > 10: c.kept[:] = [1]
+    else: c.kept[:] = [0]
+def heaped(c, x):
+    if x.shape[2] > 10: heapq.heapreplace(c.kept, 1)
+    else: heapq.heapreplace(c.kept, 0)
+def reordered(c, x):
+    if x.shape[2] > 10: c.kept['a'] = c.kept.pop('a')
+    else: c.kept['b'] = c.kept.pop('b')
+def filled(c, x): c.kept.fill_(1 if x.shape[2] > 10 else 0)
+def copied_to(c, x): np.copyto(c.kept, 1 if x.shape[2] > 10 else 0)
+class Wholes(int): pass
+def of_kind(c, x): c.kept = Wholes(x.shape[2] > 10) if x.shape[2] > 10 else Wholes(0)
+def several(a, b): return lambda c, x: a if x.shape[2] > 10 else b
+class Equal:
+    def __init__(self, mode): self.mode = mode
+    def __eq__(self, other): return True
+
+NAMES = ('mode',)
+asked = dict(
+    slice=(lambda: Child(sliced, kept=[0]), after(lambda c: c.kept[0])), heap=(lambda: Child(heaped, kept=[0]), after(lambda c: c.kept[0])),
+    order=(lambda: Child(reordered, kept=dict(a=0, b=1)), after(lambda c: [*c.kept][0] == 'b')), opaque_slice=(lambda: Opaquely(sliced, kept=[0]), after(lambda c: c.kept[0])),
+    opaque_fill=(lambda: Opaquely(filled, kept=torch.zeros(1)), after(lambda c: c.kept[0] > 0)), opaque_copy=(lambda: Opaquely(copied_to, kept=np.zeros(1)), after(lambda c: c.kept[0] > 0)),
+    own_method=(lambda: Same(moded), after(lambda c: c.is_large())), global_names=(lambda: Child(moded), after(lambda c: any(getattr(c, n) == 'large' for n in NAMES))),
+    int_subclass=(lambda: Child(of_kind, kept=Wholes(0)), after(lambda c: c.kept)),
+    equal=(lambda: Child(several(Equal('large'), Equal('small'))), large_in(lambda o: o.mode == 'large')), order_of_keys=(lambda: Child(several(dict(a=0, b=1), dict(b=1, a=0))), large_in(lambda o: [*o][0] == 'a')),
+    zeros=(lambda: Child(several(-0., 0.)), large_in(lambda o: math.copysign(1, o) < 0)), maxlen=(lambda: Child(several(collections.deque([0], maxlen=5), collections.deque([0], maxlen=6))), large_in(lambda o: o.maxlen == 5)))
+
+@examples
+@pytest.mark.parametrize('name', asked)
+def test_what_ways_leave_is_told_apart(name, example):
+    child, late = asked[name]
+    model = randomise(Late(child(), late))
+    new = BN_Folder().fold(model, *example)
+    with torch.no_grad():
+        for x in (small, large, small): assert torch.allclose(model(x), new(x))
+
+class Keeps(nn.Module):
+    def forward(self, x, a, b, out):
+        if x.shape[2] > 10: out.append(a)
+        else: out.append(b)
+
+@examples
+def test_tensors_that_two_ways_leave(example):
+    def forward(m, x):
+        y, out = m.conv(x), []
+        z = m.bn(y)
+        m.keep(x, y, z, out)
+        return m.after(out[0])
+    model = randomise(net(forward, conv=conv(), bn=bn(), after=conv(), keep=Keeps()))
+    new = BN_Folder().fold(model, *example)
+    with torch.no_grad():
+        for x in (small, large): assert torch.allclose(model(x), new(x))
+
+class Slotted:
+    __slots__ = '__n', 'm'
+    def __init__(self): self.__n = 0
+    def tick(self): self.__n += 1; return self.__n
+class Slot:
+    __slots__ = 'count'
+    def __init__(self): self.count = 0
+    def tick(self): self.count += 1; return self.count
+
+def hits(t): t.hits = getattr(t, 'hits', 0) + 1; return t.hits
+def added(t): t.data.add_(1); return t.real.sum()
+
+@examples
+@pytest.mark.parametrize('start,tick', [(Slotted, lambda o: o.tick()), (Slot, lambda o: o.tick()), (lambda: torch.zeros(1), hits), (lambda: torch.zeros(1, dtype=torch.complex64), added),
+                                        (lambda: [nn.Parameter(torch.zeros(1))], lambda ps: added(ps[0])), (lambda: torch.tensor([0., math.nan]), lambda t: added(t[:1]))])
+def test_counters_in_odd_places(start, tick, example):
+    def forward(m, x):
+        n, y = tick(m.n), m.conv(x)
+        return y if n > 3 else m.bn(y)
+    def build():
+        torch.manual_seed(0)
+        return randomise(net(forward, conv=conv(), bn=bn(), n=start()))
+    with torch.no_grad():
+        want, model = calls(build()), build()
+        BN_Folder().plan(model, *example)
+        assert all(map(torch.equal, want, calls(model)))
+        assert all(map(torch.allclose, want, calls(BN_Folder().fold(build(), *example))))
+
+def printed(m, x):
+    out = io.StringIO()
+    print(f'{x.shape[2]}', file=out)
+    return m.conv(x) if '12' in out.getvalue() else m.bn(m.conv(x))
+def printed_plainly(m, x):
+    out = io.StringIO()
+    print(x.shape[2], file=out)
+    return m.conv(x) if '12' in out.getvalue() else m.bn(m.conv(x))
+def registered(m, x):
+    box = nn.Module()
+    nn.Module.register_buffer(box, f'b{x.shape[2]}', None)
+    return m.conv(x) if hasattr(box, 'b12') else m.bn(m.conv(x))
+def either(m, x):
+    tags = []
+    (print if m.bn.training else tags.append)(f'{x.shape[2]}')
+    return m.conv(x) if '12' in tags else m.bn(m.conv(x))
+
+@examples
+@pytest.mark.parametrize('forward', [printed, printed_plainly, registered, either])
+def test_text_that_goes_somewhere(forward, example):
+    model = randomise(net(forward, conv=conv(), bn=bn()))
+    with torch.no_grad():
+        for _ in range(9): model(small) # Python's own code is another once it is warm
+        new = BN_Folder().fold(model, *example)
+        for x in (small, large): assert torch.allclose(model(x), new(x))
+
+@examples
+def test_a_graph_in_a_model(example):
+    graph = torch.fx.symbolic_trace(nn.Sequential(conv(), bn(), nn.ReLU()))
+    model = randomise(nn.Sequential(graph, net(lambda m, x: m.bn(m.conv(x)), conv=conv(), bn=bn())))
+    folder = BN_Folder()
+    new = folder.fold(model, *example)
+    assert folder.report.folded == 2
+    with torch.no_grad(): assert torch.allclose(model(large), new(large))
 
 
 class Picks(nn.Module):

@@ -19,7 +19,7 @@ from types import CellType, CodeType, FunctionType, MappingProxyType, MethodType
 
 import torch
 from fastcore.foundation import L
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 # %% ../../nbs/01_fold.held.ipynb #80976ab6
 _remembered = []
@@ -100,11 +100,14 @@ def content(o):
 
 OWN = vars(nn.Module()).keys() # PyTorch's own attributes of a module
 
+_of_graph = {'_tracer_cls', '_tracer_extras', *vars(fx.GraphModule(nn.Module(), fx.Graph()))} # and what it made one of, which no `forward` uses
+
 def own_attributes(
     m:nn.Module,
 )->list:
     "What `m` holds besides what PyTorch gives every module"
-    return [v for n,v in vars(m).items() if n not in OWN and type(v) not in ATOMS]
+    theirs = _of_graph if isinstance(m, fx.GraphModule) else ()
+    return [v for n,v in vars(m).items() if n not in OWN and n not in theirs and type(v) not in ATOMS]
 
 def held_in(
     o:object, # A module, or anything that one holds
