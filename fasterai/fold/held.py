@@ -15,7 +15,7 @@ from collections import ChainMap, UserDict, UserList, deque
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from threading import local
-from types import CellType, CodeType, FunctionType, MappingProxyType, MethodType, ModuleType, SimpleNamespace
+from types import CellType, CodeType, FunctionType, MappingProxyType, MemberDescriptorType, MethodType, ModuleType, SimpleNamespace
 
 import torch
 from fastcore.foundation import L
@@ -74,7 +74,8 @@ def _slots(cls):
     "The names of a class's own slots, as its objects have them"
     names = vars(cls).get('__slots__', ())
     private = lambda n: n.startswith('__') and not n.endswith('__')
-    return [f"_{cls.__name__.lstrip('_')}{n}" if private(n) else n for n in ([names] if isinstance(names, str) else names) if n not in ('__dict__', '__weakref__')]
+    own = [f"_{cls.__name__.lstrip('_')}{n}" if private(n) else n for n in ([names] if isinstance(names, str) else names)]
+    return [n for n in own if isinstance(vars(cls).get(n), MemberDescriptorType)] # and not a property in its place
 
 def slots_of(o):
     "What an object holds besides in its `__dict__`"

@@ -166,7 +166,8 @@ class Left:
         self.places = {**{i: {n: v for n,v in vars(k).items() if n not in OWN or n == 'training'} for i,k in enumerate(m.modules())}, 'given': {'': given}, 'named': {'': named}}
         held = [h for k in m.modules() for h in (vars(k), k._buffers, *held_by((*own_attributes(k),)))] + held_by((given, named))
         self.saved = {id(h): (h, copied(h)) for h in held}
-        self.all_told = [line for at,o in self.places.items() for n,v in o.items() for line in self.told(v, (at, n))] # now: a tensor may be written into
+        seen = {}
+        self.all_told = [line for at,o in self.places.items() for n,v in o.items() for line in told(v, (at, n), self.saved, seen)] # now: a tensor may be written into
         self.numbers = str(alike(self.all_told)) # where one stand-in is like another
 
     def told(self, o, path=()): return told(o, path, self.saved)

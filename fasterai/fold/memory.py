@@ -213,19 +213,22 @@ def told(
     o:object,
     path:tuple=(), # The names that lead to `o`
     saved:dict={}, # By the `id` of a container: it, and a copy that counts for it
-    within:tuple=(), # `id`s of those that `o` is in
+    seen:dict|None=None, # By the `id` of what was told already, the names that led there: it is not told again
 )->list: # Of (names that lead there, what it is)
     "All that `o` holds, by the names that lead there"
     sequence = issubclass(type(o), (tuple, frozenset))
     held = [o] if sequence else containers(o) if not issubclass(type(o), (nn.Module, fx.Proxy)) else []
     slots = slots_of(o) if not sequence and is_record(type(o)) else {}
-    if id(o) in within or not (held or slots): return [(path, mark(o))]
+    if not (held or slots): return [(path, mark(o))]
+    seen = {} if seen is None else seen
+    if id(o) in seen: return [(path, ('as', seen[id(o)]))]
+    if not sequence: seen[id(o)] = path
     lines = [(path, next((k.__repr__(o) for k in _atomic if issubclass(type(o), k)), type(o).__name__))]
     for n,h in enumerate([*held, *([slots] if slots else [])]):
         old = saved[id(h)][1] if id(h) in saved else h if sequence else copied(h)
         lines.append((path, (tuple(map(mark, old)) if isinstance(old, dict) else len(old), getattr(old, 'maxlen', None))))
         if issubclass(type(old), (set, frozenset)): lines.append((path, tuple(sorted(map(repr, map(mark, old))))))
-        else: lines += [line for k,v in (old.items() if isinstance(old, dict) else enumerate(old)) for line in told(v, (*path, *[n]*bool(n), k), saved, (*within, id(o)))]
+        else: lines += [line for k,v in (old.items() if isinstance(old, dict) else enumerate(old)) for line in told(v, (*path, *[n]*bool(n), k), saved, seen)]
     return lines
 
 def alike(
