@@ -74,12 +74,12 @@ def _slots(cls):
     "The names of a class's own slots, as its objects have them"
     names = vars(cls).get('__slots__', ())
     private = lambda n: n.startswith('__') and not n.endswith('__')
-    own = [f"_{cls.__name__.lstrip('_')}{n}" if private(n) else n for n in ([names] if isinstance(names, str) else names)]
-    return [n for n in own if isinstance(vars(cls).get(n), MemberDescriptorType)] # and not a property in its place
+    return [f"_{cls.__name__.lstrip('_')}{n}" if private(n) else n for n in ([names] if isinstance(names, str) else names)]
 
 def slots_of(o):
     "What an object holds besides in its `__dict__`"
-    return {n: getattr(o, n) for c in type(o).__mro__ for n in _slots(c) if hasattr(o, n)}
+    is_slot = lambda n: isinstance(inspect.getattr_static(type(o), n, None), MemberDescriptorType) # and not a property in its place
+    return {n: getattr(o, n) for c in type(o).__mro__ for n in _slots(c) if is_slot(n) and hasattr(o, n)}
 
 def _closed_over(f): return [c.cell_contents for n,c in zip(f.__code__.co_freevars, f.__closure__ or ()) if n != '__class__' and c != CellType()]
 
