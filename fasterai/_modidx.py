@@ -369,6 +369,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'fasterai.fold.memory.Memory.note': ('fold.memory.html#memory.note', 'fasterai/fold/memory.py'),
                                       'fasterai.fold.memory.Memory.restore': ('fold.memory.html#memory.restore', 'fasterai/fold/memory.py'),
                                       'fasterai.fold.memory._globals_of': ('fold.memory.html#_globals_of', 'fasterai/fold/memory.py'),
+                                      'fasterai.fold.memory._inside': ('fold.memory.html#_inside', 'fasterai/fold/memory.py'),
                                       'fasterai.fold.memory._is_array': ('fold.memory.html#_is_array', 'fasterai/fold/memory.py'),
                                       'fasterai.fold.memory._is_plain': ('fold.memory.html#_is_plain', 'fasterai/fold/memory.py'),
                                       'fasterai.fold.memory._is_rewritten': ('fold.memory.html#_is_rewritten', 'fasterai/fold/memory.py'),

@@ -132,6 +132,13 @@ def _is_rewritten(t, version, old):
     "Does a tensor hold other numbers? What is written by way of `.data`, or by a BatchNorm, has no new version"
     return t._version != version or _is_plain(t) and not torch.equal(t, old) and (torch.equal(old, old) or _numbers(t) != _numbers(old))
 
+def _inside(o):
+    "What can be reached from `o`, its class included"
+    if isinstance(o, nn.Module): return [*own_attributes(o), o._parameters, o._buffers, o._modules, *type(o).__mro__]
+    if isinstance(o, type): return [v for v in _of_class(o).values() if _kind(v) or is_record(type(v))] if aspects(o) else []
+    if type(o) is FunctionType: return [*content(o), *vars(o).values(), *(o.__closure__ or ())]
+    return [*content(o), *(type(o).__mro__ if is_record(type(o)) else ())]
+
 class Memory:
     "What objects hold, and all that they reach: containers, records, modules, classes, closures, tensors, arrays"
     def __init__(self): self.seen,self.weights,self.held,self.tensors,self.places,self.besides = set(),set(),[],[],[],[]
@@ -155,10 +162,7 @@ class Memory:
                 continue
             self.held += [(h, copied(h)) for h in containers(o)]
             if isinstance(o, nn.Module): self.weights.update(map(id, o._parameters.values())) # too many to copy
-            if isinstance(o, nn.Module): todo += [*own_attributes(o), o._parameters, o._buffers, o._modules]
-            else: todo += content(o) if not isinstance(o, type) else [v for v in _of_class(o).values() if _kind(v) or is_record(type(v))] if aspects(o) else []
-            if is_record(type(o)) or isinstance(o, nn.Module): todo += type(o).__mro__
-            if type(o) is FunctionType: todo += [*vars(o).values(), *(o.__closure__ or ())]
+            todo += _inside(o)
 
     def changed(self):
         "Of all that holds something else by now: what that is, what it held, and how to see what it holds"
