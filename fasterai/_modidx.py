@@ -374,6 +374,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'fasterai.fold.memory._is_plain': ('fold.memory.html#_is_plain', 'fasterai/fold/memory.py'),
                                       'fasterai.fold.memory._is_rewritten': ('fold.memory.html#_is_rewritten', 'fasterai/fold/memory.py'),
                                       'fasterai.fold.memory._is_same': ('fold.memory.html#_is_same', 'fasterai/fold/memory.py'),
+                                      'fasterai.fold.memory._is_writable': ('fold.memory.html#_is_writable', 'fasterai/fold/memory.py'),
                                       'fasterai.fold.memory._kind': ('fold.memory.html#_kind', 'fasterai/fold/memory.py'),
                                       'fasterai.fold.memory._numbers': ('fold.memory.html#_numbers', 'fasterai/fold/memory.py'),
                                       'fasterai.fold.memory._of_class': ('fold.memory.html#_of_class', 'fasterai/fold/memory.py'),

@@ -66,14 +66,14 @@ def _changed_by(code, at):
     "What does the instruction change that was not made here: a container, a tensor?"
     i = code[at]
     if i.opname == 'STORE_SLICE': return True, True
-    if i.opname.startswith('LOAD_GLOBAL'): return i.argval in _functions, i.argval in _functions
+    if i.opname.startswith('LOAD_GLOBAL') or reads_attribute(i) and i.argval in _functions: return i.argval in _functions, i.argval in _functions
     if i.opname in ('STORE_SUBSCR', 'DELETE_SUBSCR'):
         if _is_made_here(code, _maker(code, at, 1)): return False, False
         return code[at-1].opname != 'BUILD_TUPLE', type(code[at-1].argval) is not str
     if i.opname.startswith('INPLACE_') or i.opname == 'BINARY_OP' and i.argrepr.endswith('='): return bool((left := _maker(code, at, 1)) and reads_attribute(left)), True
     if i.opname == 'STORE_ATTR': return False, i.argval in ('data', 'real', 'imag', 'flat')
     if not reads_attribute(i): return False, False
-    return i.argval in _functions or i.argval in _changing and not _is_made_here(code, code[at-1]), i.argval in _filling or i.argval.endswith('_') and not i.argval.startswith('_')
+    return i.argval in _changing and not _is_made_here(code, code[at-1]), i.argval in _filling or i.argval.endswith('_') and not i.argval.startswith('_')
 
 def _by_computed_name(code):
     "Does it set attributes whose names it computes: by `setattr`, or in a `__dict__`?"
@@ -128,9 +128,10 @@ def _read(cls, functions):
 
 def read(
     m:nn.Module,
+    functions:tuple|None=None, # What its `forward` comes to, if that is known
 )->Read:
     "What the `forward` of `m` may read, its children's left out"
-    return _read(type(m), functions_of(m))
+    return _read(type(m), functions_of(m) if functions is None else functions)
 
 # %% ../../nbs/03_fold.left.ipynb #efed1082
 def held_by(

@@ -59,6 +59,8 @@ def differs(
 # %% ../../nbs/02_fold.memory.ipynb #34d72d56
 def _of_class(cls): return {n: v for n,v in vars(cls).items() if not n.startswith('__')}
 
+def _is_writable(cls): return is_record(cls) or issubclass(cls, nn.Module) and package_of(cls) != 'torch'
+
 def _put_class(cls, old):
     for n in _of_class(cls).keys() - old.keys(): type.__delattr__(cls, n)
     for n,v in old.items():
@@ -111,7 +113,7 @@ def aspects(
     o:object,
 )->list: # Of (how it is seen, how it is put back, are two the same?)
     "What can be written of `o` besides what its containers hold"
-    if isinstance(o, type): return [(_of_class, _put_class, _same_names)] if is_record(o) or issubclass(o, nn.Module) and package_of(o) != 'torch' else []
+    if isinstance(o, type): return [(_of_class, _put_class, _same_names)] if _is_writable(o) else []
     if isinstance(o, FunctionType): return [(_of_function, _put_function, _same_names), *_globals_of(o)]
     if isinstance(o, CellType): return [(operator.attrgetter('cell_contents'), _put_cell, _is_same)] if o != CellType() else []
     if isinstance(o, bytearray): return [(bytes, _put_bytes, operator.eq)]
@@ -135,7 +137,7 @@ def _is_rewritten(t, version, old):
 def _inside(o):
     "What can be reached from `o`, its class included"
     if isinstance(o, nn.Module): return [*own_attributes(o), o._parameters, o._buffers, o._modules, *type(o).__mro__]
-    if isinstance(o, type): return [v for v in _of_class(o).values() if _kind(v) or is_record(type(v))] if aspects(o) else []
+    if isinstance(o, type): return [v for v in _of_class(o).values() if _kind(v) or is_record(type(v))] if _is_writable(o) else []
     if type(o) is FunctionType: return [*content(o), *vars(o).values(), *(o.__closure__ or ())]
     return [*content(o), *(type(o).__mro__ if is_record(type(o)) else ())]
 
@@ -210,7 +212,7 @@ def mark(
     if issubclass(kind, fx.Proxy): return '·', id(o.node)
     if kind in _values: return kind.__name__, repr(o)
     if issubclass(kind, Tensor): return _numbers(o)
-    if kind.__module__ == 'numpy' and hasattr(o, 'tobytes'): return kind.__name__, str(o.dtype), o.shape, o.tobytes()
+    if package_of(kind) == 'numpy' and hasattr(o, 'tobytes'): return kind.__name__, str(o.dtype), o.shape, o.tobytes()
     return tuple(map(mark, (o.start, o.stop, o.step))) if kind is slice else id(o)
 
 def told(

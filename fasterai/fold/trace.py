@@ -287,10 +287,11 @@ def same_outline(
     modules |= {was: modules[now] for now,was in heirs.items()}
     params = {t: n for n,t in tensors.items()}
     both = flow.tensors.keys() & tensors.keys()
+    classes = {(type(m), type(modules[n])) for n,m in flow.modules.items() if n in modules and n not in gone and type(modules[n]) is not type(m)} # a copy may be of a class of its own
     outside = lambda tracer: [n for n in (stack[-1] for stack,*_ in tracer.calls) if not any(n[:i] in gone for i,c in enumerate(n) if c == '.')] # what one that is gone called may be gone too
     with _lock:
         for name,opaque,was in flow.traces:
-            theirs = opaque | {type(modules[n]) for n,m in flow.modules.items() if type(m) in opaque and n in modules} # a copy may be of a class of its own
+            theirs = opaque | {new for old,new in classes if old in opaque}
             try: now = trace_ways(modules[name], names, params, theirs, was.variant)
             except (Opaque, Exception) as e: return f"{naming(name)} fails: {getattr(e, 'why', e)}"
             if _outline(now, gone, both, heirs) != _outline(was, gone, both) or outside(now) != outside(was): return f'{naming(name)} computes something else'

@@ -178,7 +178,7 @@ def asked_for(self:_Tracer, m, writes, given=False, held=frozenset()):
     if given and len(self.stack) > 1: raise Opaque(self.module(self.stack[-2]), f'it goes by what {naming(self.names[m])} leaves behind')
     inside = {*m.modules()}
     for o in self.names:
-        if type(o) not in self.opaque and (writes.met_by(read(o)) or held and o not in inside and held & self.held_of(o)): raise Opaque(o, f'it goes by what {naming(self.names[m])} leaves behind', alone=True)
+        if type(o) not in self.opaque and (writes.met_by(read(o, self.read_of(o).functions)) or held and o not in inside and held & self.held_of(o)): raise Opaque(o, f'it goes by what {naming(self.names[m])} leaves behind', alone=True)
 
 @patch
 def held_of(self:_Tracer, m):
@@ -213,10 +213,9 @@ def call_module(self:_Tracer, m, args, kwargs):
         if not self.is_passing(m): raise Opaque(self.here(), f'it calls a {type(m).__name__} that is no part of the model', choice=False)
         return m.forward(*args, **kwargs)
     if type(m) not in self.opaque and not called_plainly(m): raise Opaque(m, 'it has a `__call__` of its own')
-    self.stack.append(self.names[m])
-    at = len(self.nodes)
-    leaf = type(m) in self.opaque or plain_batchnorm(m) or known_layer(m)
+    leaf,at = type(m) in self.opaque or plain_batchnorm(m) or known_layer(m),len(self.nodes)
     if leaf or package_of(type(m)) == 'torch': self.settings.append((m, settings_of(m))) # now: the trace puts them back
+    self.stack.append(self.names[m])
     try:
         out = self.leaf(m, args, kwargs) if leaf else self.ways(m, args, kwargs)
         one = len(args) == 1 and not kwargs and issubclass(type(args[0]), fx.Proxy) and issubclass(type(out), fx.Proxy)
