@@ -148,6 +148,13 @@ def filled(c, x): c.kept.fill_(1 if x.shape[2] > 10 else 0)
 def copied_to(c, x): np.copyto(c.kept, 1 if x.shape[2] > 10 else 0)
 class Wholes(int): pass
 def of_kind(c, x): c.kept = Wholes(x.shape[2] > 10) if x.shape[2] > 10 else Wholes(0)
+def below(c, x):
+    if x.shape[2] > 10: c.inner.kept.insert(0, 1)
+    else: c.inner.kept.insert(0, 0)
+def holding(kept):
+    inner = nn.Module()
+    inner.kept = kept
+    return inner
 def several(a, b): return lambda c, x: a if x.shape[2] > 10 else b
 class Equal:
     def __init__(self, mode): self.mode = mode
@@ -158,6 +165,7 @@ asked = dict(
     slice=(lambda: Child(sliced, kept=[0]), after(lambda c: c.kept[0])), heap=(lambda: Child(heaped, kept=[0]), after(lambda c: c.kept[0])),
     order=(lambda: Child(reordered, kept=dict(a=0, b=1)), after(lambda c: [*c.kept][0] == 'b')), opaque_slice=(lambda: Opaquely(sliced, kept=[0]), after(lambda c: c.kept[0])),
     opaque_fill=(lambda: Opaquely(filled, kept=torch.zeros(1)), after(lambda c: c.kept[0] > 0)), opaque_copy=(lambda: Opaquely(copied_to, kept=np.zeros(1)), after(lambda c: c.kept[0] > 0)),
+    inside=(lambda: Child(below, _modules=dict(inner=holding([0]))), after(lambda c: c.inner.kept[0])),
     own_method=(lambda: Same(moded), after(lambda c: c.is_large())), global_names=(lambda: Child(moded), after(lambda c: any(getattr(c, n) == 'large' for n in NAMES))),
     int_subclass=(lambda: Child(of_kind, kept=Wholes(0)), after(lambda c: c.kept)),
     equal=(lambda: Child(several(Equal('large'), Equal('small'))), large_in(lambda o: o.mode == 'large')), order_of_keys=(lambda: Child(several(dict(a=0, b=1), dict(b=1, a=0))), large_in(lambda o: [*o][0] == 'a')),

@@ -183,7 +183,7 @@ def asked_for(self:_Tracer, m, writes, given=False, held=frozenset()):
 @patch
 def held_of(self:_Tracer, m):
     "What the code of `m` may find things in"
-    if m not in self.holding: self.holding[m] = {id(h) for h in held_by((*own_attributes(m), *self.read_of(m).others))} | shared_by(m)[1]
+    if m not in self.holding: self.holding[m] = {id(h) for h in held_by((*own_attributes(m), *self.read_of(m).others))}.union(*shared_by(m)[:2])
     return self.holding[m]
 
 @patch
