@@ -401,3 +401,19 @@ def test_a_dict_that_answers_to_names(example):
     folder.fold(model, *example, inplace=True)
     assert folder.report.folded == 1
     with torch.no_grad(): assert torch.allclose(model(small), want)
+
+class Silent(list):
+    def __iter__(self): raise RuntimeError('it is not to be looked through')
+
+def nested(): return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+
+@examples
+@pytest.mark.parametrize('held', [Silent([1]), nested(), [nested()], torch.ones(2, 2).to_mkldnn()], ids=['no iterator', 'nested', 'nested in a list', 'mkldnn'])
+def test_what_cant_be_looked_into(held, example):
+    model = randomise(net(lambda m, x: m.bn(m.conv(x)), conv=conv(), bn=bn(), held=held))
+    assert BN_Folder().plan(model, *example).folded == 1
+    if not isinstance(held, Silent):
+        with pytest.raises(TypeError, match='`held`.*inplace'): BN_Folder().fold(model, *example)
+    folder = BN_Folder()
+    folder.fold(model, *example, inplace=True)
+    assert folder.report.folded == 1

@@ -11,6 +11,7 @@ from collections import ChainMap, OrderedDict
 from collections.abc import Callable
 from contextlib import ExitStack
 from math import isfinite
+from textwrap import shorten
 from types import FunctionType
 
 import torch
@@ -218,7 +219,7 @@ def _copy(o, memo):
 
 def _attribute(m, name, memo):
     try: return _copy(vars(m)[name], memo)
-    except (TypeError, RuntimeError, LookupError, AttributeError) as e: raise TypeError(f"the `{name}` of a {type(m).__name__} can't be copied ({type(e).__name__}: {e}): take it out first, or fold the model itself, with `inplace=True`") from e
+    except (TypeError, RuntimeError, LookupError, AttributeError) as e: raise TypeError(f"the `{name}` of a {type(m).__name__} can't be copied ({type(e).__name__}: {shorten(str(e), 200, placeholder=' …')}): take it out first, or fold the model itself, with `inplace=True`") from e
 
 def _check_hooks(m, memo):
     "Raise if a hook would go on with what the original holds: a function is not copied, nor is what it closes over"
@@ -237,8 +238,8 @@ def copied(
         if m is None or m in seen or id(m) in memo: continue
         seen[m] = _copied_plainly(type(m)) and '__deepcopy__' not in vars(m)
         todo += m._modules.values()
-        for v in vars(m).values(): # first of all: a list may hold it too
-            if type(v) not in ATOMS and isinstance(v, Tensor): _copy(v, memo)
+        for n,v in vars(m).items(): # first of all: a list may hold it too
+            if type(v) not in ATOMS and isinstance(v, Tensor): _attribute(m, n, memo)
     for m,plainly in seen.items():
         if plainly:
             memo[id(m)] = object.__new__(type(m)) # all of them before their attributes: one may hold another

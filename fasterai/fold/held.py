@@ -83,6 +83,8 @@ def slots_of(o):
 
 def _closed_over(f): return [c.cell_contents for n,c in zip(f.__code__.co_freevars, f.__closure__ or ()) if n != '__class__' and c != CellType()]
 
+_sequences = list, tuple, set, frozenset, deque
+
 def content(o):
     "What an object holds, as far as a `forward` would reach for it"
     if type(o) is dict: return [*o, *o.values()]
@@ -96,7 +98,8 @@ def content(o):
     if isinstance(o, weakref.ref): return [o()]
     if isinstance(o, ContextVar): return [o.get(None)]
     if isinstance(o, Iterator) and not isinstance(o, nn.Module): return gc.get_referents(o)
-    inside = [*dict.keys(o), *dict.values(o)] if isinstance(o, dict) else [*o] if isinstance(o, (list, tuple, set, frozenset, deque)) else []
+    kind = next((k for k in _sequences if isinstance(o, k)), None) # a subclass may have an `__iter__` of its own
+    inside = [*dict.keys(o), *dict.values(o)] if isinstance(o, dict) else [*kind.__iter__(o)] if kind else []
     return inside + ([*getattr(o, '__dict__', {}).values(), *slots_of(o).values()] if isinstance(o, (nn.Module, *NAMESPACES)) or is_record(type(o)) else [])
 
 OWN = vars(nn.Module()).keys() # PyTorch's own attributes of a module
@@ -169,11 +172,12 @@ def instructions(
 
 def _only_asked(code, at):
     "Is the class that is loaded at `code[at]` read for an attribute, or given to `isinstance`? It makes nothing there"
-    rest = [i.opname for i in code[at+1:] if i.opname != 'PRECALL']
-    if rest[0].startswith(('LOAD_ATTR', 'LOAD_METHOD')): return True
+    rest = (i for i in code[at+1:] if i.opname not in ('PRECALL', 'LOAD_GLOBAL', 'BUILD_TUPLE'))
+    if reads_attribute(next(i for i in code[at+1:] if i.opname != 'PRECALL')): return True
     asks = next((i.argval for i in reversed(code[:at]) if i.opname.startswith('CALL') or i.argval in ('isinstance', 'issubclass')), '')
-    return asks in ('isinstance', 'issubclass') and next(o for o in rest if o not in ('LOAD_GLOBAL', 'BUILD_TUPLE')).startswith('CALL')
+    return asks in ('isinstance', 'issubclass') and next(rest).opname.startswith('CALL')
 
+@remembered
 def named_in(
     f:FunctionType,
 )->tuple[dict,set,set]: # By name; the other names, of attributes; the classes of which nothing is made

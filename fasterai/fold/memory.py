@@ -128,7 +128,7 @@ def aspects(
 # %% ../../nbs/02_fold.memory.ipynb #611a66f7
 def _place(t): return t.data_ptr(), t.dtype, t.device, t.shape, t.stride()
 
-def _is_plain(t): return type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided and not t.is_meta
+def _is_plain(t): return type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided and not (t.is_meta or t.is_nested)
 
 def _is_rewritten(t, version, old):
     "Does a tensor hold other numbers? What is written by way of `.data`, or by a BatchNorm, has no new version"
