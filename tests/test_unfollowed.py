@@ -162,6 +162,111 @@ others = dict(walrus=by_walrus, starred=by_starred, zipped=by_zip, names=by_dict
 def test_uses_what_is_inside(name): same_for_all(type('Uses', (Root,), dict(other=others[name])))
 
 
+def first_of(net, x): return net.conv(x)
+def harmless(net, x): return net(x)
+rebound = harmless
+def rebind():
+    global rebound
+    rebound = first_of
+def deeper(taken):
+    def wrap(f): return lambda x: taken.conv(x)
+    return wrap
+def fill(k, net): k.append(net)
+def by_alias(m, x):
+    todo = []
+    other = todo
+    other.append(m.net)
+    return todo[0].conv(x)
+def by_growing_alias(m, x):
+    todo = other = []
+    other += [m.net]
+    return todo[0].conv(x)
+def by_looping_alias(m, x):
+    todo = []
+    for k in [todo]: k.append(m.net)
+    return todo[0].conv(x)
+def by_group(m, x):
+    groups = {'early': []}
+    early = groups['early']
+    early.append(m.net)
+    return groups['early'][0].conv(x)
+def by_filling(m, x):
+    todo = []
+    fill(todo, m.net)
+    return todo[0].conv(x)
+def by_shadow(m, x):
+    id = first_of
+    return id(m.net, x)
+def by_inner_shadow(m, x):
+    def id(net, x): return net.conv(x)
+    return id(m.net, x)
+def by_given_shadow(m, x, id=first_of): return id(m.net, x)
+def by_loop_shadow(m, x):
+    for print in (first_of,): y = print(m.net, x)
+    return y
+def by_captured_shadow(m, x):
+    def harmless(net, x): return net.conv(x)
+    return (lambda: harmless)()(m.net, x) + harmless(m.net, x)
+def by_rebound_default(m, x, take=harmless):
+    take = first_of
+    return take(m.net, x)
+def by_rebound_method(m, x):
+    m.does3 = first_of
+    return m.does3(m.net, x)
+def by_rebound_class(m, x):
+    type(m).does3 = lambda self, net, x: net.conv(x)
+    return m.does3(m.net, x)
+def by_rebound_global(m, x):
+    rebind()
+    return rebound(m.net, x)
+def by_get(m, x): return {'a': m.seq}.get('b', m.net).conv(x)
+def by_pop(m, x): return {'a': m.seq}.pop('b', m.net).conv(x)
+def by_two_stars(m, x): return {**{'a': m.net}}['a'].conv(x)
+def by_decorator(m, x):
+    @deeper(m.net)
+    def only(x): return x
+    return only(x)
+def by_annotation(m, x):
+    def inner(x: m.net): return x
+    return inner.__annotations__['x'].conv(x)
+def by_returned_annotation(m, x):
+    def inner(x) -> (k := m.net): return x
+    return k.conv(x)
+def by_an_unused_default(m, x):
+    {'h': 0}.get('h', (y := m.net.conv(x)))
+    return y
+def by_a_start(m, x):
+    for _,y in enumerate([x], int((z := m.net.conv(x)).sum()*0)): pass
+    return z
+def by_a_keyword_of_print(m, x):
+    print(end=[y := m.net.conv(x), ''][1])
+    return y
+def by_class_body(m, x):
+    class A: net = m.net
+    return A.net.conv(x)
+def by_next(m, x): return next(iter([]), nn.ModuleList([m.net]))[0].conv(x)
+def by_starred_getattr(m, x): return getattr(*(m.net, 'conv'))(x)
+
+disguised = {n.removeprefix('by_'): f for n,f in dict(globals()).items() if n.startswith('by_') and f.__code__.co_firstlineno >= by_alias.__code__.co_firstlineno}
+
+@pytest.mark.parametrize('name', disguised)
+def test_uses_what_is_inside_by_another_name(name): same_for_all(type('Uses', (Root,), dict(other=disguised[name], does3=lambda self, net, x: net(x))))
+
+class Compared(nn.Module):
+    def __init__(self): super().__init__(); self.conv, self.bn = conv(), bn()
+    def forward(self, x): return self.bn(self.conv(x))
+    def __gt__(self, x): return self.conv(x)
+
+def test_uses_what_compares():
+    class Uses(Root):
+        def __init__(self): super().__init__(); self.net = Compared()
+        def other(self, x): return self.net > x
+    same_for_all(Uses)
+
+def test_asks_a_batchnorm_for_its_weight():
+    same_for_all(type('Asks', (Root,), dict(other=lambda m, x: m.net(x)*m.net.bn.weight.shape[0])))
+
+
 def holds(where):
     class Holds(Root):
         def __init__(self): super().__init__(); where(self)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .bake import computing
 from .carry import CARRIERS, ORDERS, PARTS, Stop, Unknown, cross, nothing
-from .uses import may_reach
+from .reach import may_reach
 from .flow import Call, Value, altered, mapped, naming, under
 from .layers import LAYERS, NORMS, absorbs_before, in_channels, layer_call, out_channels
 from .held import is_authors

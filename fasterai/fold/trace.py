@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .choices import comes_to, may_choose, may_loop
-from .uses import taken_apart
+from .reach import taken_apart
 from .code import KINDS_ASKED, reading, variants
 from .flow import Entry, Flow, Value, mapped, naming, read_written_out, tensors_of, under, values_in
 from .held import held_in, uncollected
