@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METADATA', 'MODULES', 'PATTERNED', 'TENSORS', 'called_plainly', 'plain_batchnorm', 'settings_of', 'known_layer',
-           'is_number', 'type_of', 'types_of', 'custom_op', 'name_of', 'operations_in', 'rank_of', 'gives_several',
-           'giver', 'is_given', 'sizes_of', 'chunks_of', 'length_of', 'is_plain', 'plain_in', 'content_of', 'given_out']
+           'is_number', 'type_of', 'types_of', 'custom_op', 'name_of', 'operations_in', 'rank_of', 'giver', 'is_given',
+           'sizes_of', 'chunks_of', 'length_of', 'is_plain', 'plain_in', 'content_of', 'given_out']
 
 # %% ../../nbs/02_fold.known.ipynb #67271e36
 import math,operator,re,sys
@@ -72,6 +72,7 @@ def is_number(node):
     makes = node.op == 'call_function' and not isinstance(f, type) and vars(torch).get(getattr(f, '__name__', '')) is node.target
     return bool(asks or node.inputs and all(n.number for n in node.inputs) and not makes)
 
+_facts = {n: getattr(torch, n) for n in ('dtype', 'device', 'layout', 'finfo', 'iinfo')} # now: a trace puts others in the place of some
 _whole = {'dim', 'numel', 'nelement', 'ndimension', 'ndim', 'len', '__len__', 'add', 'sub', 'mul', 'floordiv', 'mod', 'neg'}
 
 def type_of(node):
@@ -80,9 +81,9 @@ def type_of(node):
     if name in ('shape', 'size') and len(node.args) < 3 and (name == 'shape' or len(node.args) == 1): return torch.Size
     if name == 'getitem' and type(node.args[1]) is slice: return type_of(node.args[0])
     if name == 'size' or name == 'getitem' and type(node.args[1]) is int and type_of(node.args[0]) is torch.Size: return int
-    if name in ('dtype', 'device', 'layout'): return getattr(torch, name)
+    if name in _facts: return _facts[name]
     if getattr(node.target, 'stands_for', None) is int: return int
-    if name in _whole and all(type_of(n) is int for n in node.inputs if n.number): return int
+    if name in _whole and all(type_of(n) is int for n in node.inputs if n.number) and all(type(o) is int for o in tree_leaves((node.args, node.kwargs)) if type(o) is not type(node)): return int
 
 def types_of(node):
     "The types that such a number may have"
@@ -142,12 +143,6 @@ def rank_of(node):
     "How many axes a value has, `None` if that is not known. (A convolution is given batches)"
     if 'rank' not in vars(node): node.rank = _rank(node) # once: many may come of it
     return node.rank
-
-_several = {'chunk', 'split', 'tensor_split', 'hsplit', 'vsplit', 'dsplit', 'unbind', 'split_with_sizes', 'unsafe_chunk', 'unsafe_split', 'max', 'min', 'aminmax', 'median', 'mode', 'sort', 'topk', 'kthvalue', 'cummax', 'cummin',
-            'std_mean', 'var_mean', 'frexp', 'nonzero', 'where', 'unique', 'tolist', 'broadcast_tensors', 'meshgrid', 'svd', 'qr', 'eigh', 'multi_head_attention_forward'}
-def gives_several(node):
-    "May it be a tuple or a list?"
-    return name_of(node).rstrip('_') in _several or name_of(node).endswith('_with_indices') or node.op == 'call_module' and not _layer(node)
 
 def giver(node):
     "The argument, or the call of a module that is not looked into, which gave this or what this was read from; `None` if it was made otherwise. It may be anything, and `None` too"

@@ -211,6 +211,7 @@ def mark(
     kind = type(o)
     if issubclass(kind, fx.Proxy): return '·', id(o.node)
     if kind in _values: return kind.__name__, repr(o)
+    if issubclass(kind, str): return kind.__name__, str.__repr__(o)
     if issubclass(kind, Tensor): return _numbers(o)
     if package_of(kind) == 'numpy' and hasattr(o, 'tobytes'): return kind.__name__, str(o.dtype), o.shape, o.tobytes()
     return tuple(map(mark, (o.start, o.stop, o.step))) if kind is slice else id(o)
