@@ -29,7 +29,7 @@ _autocasts = {'is_autocast_enabled', 'is_autocast_cpu_enabled', 'is_autocast_xla
 STATES = {
     'torch': {'is_grad_enabled', 'is_inference_mode_enabled', *_autocasts},
     'torch._C': {'is_grad_enabled', 'is_inference_mode_enabled', '_get_tracing_state', '_is_tracing', '_is_any_autocast_enabled', *_autocasts},
-    'torch.jit': {'is_tracing'}, 'torch.jit._trace': {'is_tracing'},
+    'torch.jit': {'is_tracing', 'is_scripting'}, 'torch._jit_internal': {'is_scripting'}, 'torch.jit._trace': {'is_tracing'},
     'torch.compiler': {'is_compiling', 'is_dynamo_compiling', 'is_exporting'},
     'torch._utils': {'is_compiling'}, 'torch._dynamo': {'is_compiling'}, 'torch._dynamo.external_utils': {'is_compiling'},
     'torch.fx._symbolic_trace': {'is_fx_tracing', 'is_fx_symbolic_tracing'},
@@ -64,10 +64,12 @@ def _swallows(cls):
     returns = [i if i.opname == 'RETURN_CONST' else before for before,i in zip(code, code[1:]) if i.opname.startswith('RETURN_') and i.opname != 'RETURN_GENERATOR']
     return any(i.opname not in ('LOAD_CONST', 'RETURN_CONST') or i.argval for i in returns)
 
-def _of_autocast(held):
+def _of_autocast(f, held):
     "Is it nothing but the state of autocast that a function uses? (timm's ask for it as one version of PyTorch after another has it)"
     of = lambda n, o: o is torch or 'autocast' in n or isinstance(o, type) and issubclass(o, Exception)
-    return torch in held.values() and all(of(n, o) for n,o in held.items())
+    named = {n for c in codes_in(f.__code__) for n in c.co_names}
+    computes = any(i.opname.startswith(('BINARY_', 'COMPARE_', 'CONTAINS_')) for code in instructions(f) for i in code)
+    return torch in held.values() and not computes and all(of(n, held.get(n)) for n in (*held, *named))
 
 # %% ../../nbs/02_fold.code.ipynb #72bb9b0f
 _containers = (list, tuple, dict, set)
@@ -91,7 +93,7 @@ def _answered(f, code, held):
 # %% ../../nbs/02_fold.code.ipynb #083b84dd
 _asked = {'is_', 'is_not', 'getrefcount', 'is_tensor_like', 'has_torch_function', 'has_torch_function_unary', 'has_torch_function_variadic', 'grad_fn', 'needs_input_grad'} # as attributes
 _named = [getattr(space, n) for space in (sys, torch, torch.overrides) for n in _asked & {*dir(space)}]
-_answers = {type, callable, id, vars, eval, exec, operator.is_, operator.is_not, *_named} # see through a stand-in, or tell what a trace does not share with a run
+_answers = {type, callable, id, vars, globals, locals, eval, exec, operator.is_, operator.is_not, *_named} # see through a stand-in, or tell what a trace does not share with a run
 _isinstance = isinstance # a trace puts another in its place
 KINDS_ASKED = 'it asks `type`', 'it asks `callable`' # the same for every tensor
 
@@ -140,7 +142,7 @@ def _asks(f):
     if f.__code__.co_flags & (inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR): return 'it runs when something awaits it'
     for c in codes_in(f.__code__):
         code = steps(c)
-        if _catches(code) and not _of_autocast(held): return 'it catches exceptions'
+        if _catches(code) and not _of_autocast(f, held): return 'it catches exceptions'
         answered = _answered(f, code, held) if c is f.__code__ else ()
         if why := next(filter(None, (_asks_at(f, code, at, held) for at,i in enumerate(code) if i.offset not in answered)), ''): return why
     return ''
@@ -161,6 +163,7 @@ def _asked_by(o, named):
     if isinstance(o, FunctionType) and hasattr(o, 'registry') or isinstance(o, functools.singledispatchmethod): return 'it asks `type`'
     if isinstance(o, FunctionType): return _asks(o) if is_authors(o) else ''
     if isinstance(o, functools._lru_cache_wrapper): return '' if named else 'it keeps what it computed'
+    if o is sys.modules: return 'it keeps what it computed' # in one of them
     if isinstance(o, (ContextVar, local)): return 'it keeps what it computed'
     if _is_generator(o): return 'it draws random numbers'
     if isinstance(o, (Iterator, *_signals)): return 'it counts its calls'
@@ -287,10 +290,16 @@ def parameters(
 
 MAX_WAYS = 32 # that are gone through
 
-def _options(p, asked):
-    "What is tried for a parameter"
+def _is_asked(f, name):
+    "Does the code of `f` ask a parameter more than whether it is true: what it equals, what it has, of what kind it is?"
+    at_load = lambda code, at: code[at].opname.startswith('LOAD_FAST') and code[at].argval == name
+    asks = lambda code, at: reads_attribute(code[at+1]) or any(i.opname in ('COMPARE_OP', 'CONTAINS_OP') for i in code[at+1:at+3]) or any(i.argval in ('isinstance', 'hasattr', 'type') for i in code[max(at-3, 0):at])
+    return isinstance(f, FunctionType) and any(asks(code, at) for code in instructions(f) for at,_ in enumerate(code) if at_load(code, at))
+
+def _options(f, p, asked):
+    "What is tried for a parameter of `f`"
     if p.default is p.empty: return ['stand-in', None][:1 + asked]
-    if isinstance(p.default, bool): return [True, False, None][:2 + asked]
+    if isinstance(p.default, bool): return [True, False] + [None]*asked + ['stand-in']*_is_asked(f, p.name)
     return ['default', 'stand-in'] if p.default is None else ['default', 'stand-in', None]
 
 def variants(
@@ -300,7 +309,7 @@ def variants(
     ps = parameters(type(m).forward)
     if any(p.kind in _collecting for p in ps): raise NotImplementedError('it takes any number of arguments')
     asked,_ = asked_for_none(m, reading(m))
-    options = [_options(p, p.name in asked) for p in ps]
+    options = [_options(type(m).forward, p, p.name in asked) for p in ps]
     if prod(map(len, options)) > MAX_WAYS: raise NotImplementedError('it has too many optional arguments')
     return [[*zip(ps, ways)] for ways in product(*options)]
 

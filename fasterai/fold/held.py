@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ATOMS', 'NAMESPACES', 'LIBRARIES', 'OWN', 'remembered', 'afresh', 'package_of', 'package_of_frame', 'is_authors',
-           'is_record', 'slots_of', 'content', 'own_attributes', 'held_in', 'behind', 'reads_attribute', 'codes_in',
-           'steps', 'instructions', 'named_in', 'reached', 'plain_device', 'random_state', 'same_random_state',
-           'uncollected', 'young_garbage']
+           'is_record', 'slots_of', 'is_array', 'content', 'own_attributes', 'held_in', 'behind', 'reads_attribute',
+           'codes_in', 'steps', 'instructions', 'named_in', 'reached', 'plain_device', 'random_state',
+           'same_random_state', 'uncollected', 'young_garbage']
 
 # %% ../../nbs/01_fold.held.ipynb #497633f4
 import builtins,dis,functools,gc,inspect,random,sys,weakref
@@ -69,7 +69,7 @@ def is_authors(
 
 LIBRARIES = _python | _known | {'numpy', 'fastai', 'fastcore'} # whose classes and modules hold nothing that a `forward` would leave there
 
-_boxes = UserDict, UserList, ChainMap, local # Python's own, which hold what they are given in attributes
+_boxes = UserDict, UserList, ChainMap, local, weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet # Python's own, which hold what they are given in attributes
 
 @remembered
 def is_record(kind):
@@ -90,19 +90,25 @@ def slots_of(o):
 
 def _closed_over(f): return [c.cell_contents for n,c in zip(f.__code__.co_freevars, f.__closure__ or ()) if n != '__class__' and c != CellType()]
 
+def is_array(o):
+    "Is it one of NumPy's arrays?"
+    np = sys.modules.get('numpy')
+    return np is not None and issubclass(type(o), np.ndarray)
+
 _sequences = list, tuple, set, frozenset, deque
 
 def content(o):
     "What an object holds, as far as a `forward` would reach for it"
     if type(o) is dict: return [*o, *o.values()]
     if type(o) in (list, tuple): return o
-    if isinstance(o, (MappingProxyType, weakref.WeakValueDictionary, weakref.WeakKeyDictionary)): return [*o.keys(), *o.values()]
-    if type(o).__module__ == 'numpy' and getattr(o, 'dtype', None) == object: return o.ravel().tolist()
+    if isinstance(o, MappingProxyType): return [*o.keys(), *o.values()]
+    if is_array(o) and o.dtype == object: return o.ravel().tolist()
     if isinstance(o, L): return [o.items]
     if isinstance(o, MethodType): return [o.__self__, *content(o.__func__)]
-    if isinstance(o, FunctionType): return [*_closed_over(o), *(o.__defaults__ or ()), *([o.__kwdefaults__] if o.__kwdefaults__ else [])]
-    if isinstance(o, functools.partial): return [o.func, *o.args, o.keywords]
+    if isinstance(o, FunctionType): return [*_closed_over(o), *(o.__defaults__ or ()), *([o.__kwdefaults__] if o.__kwdefaults__ else []), *vars(o).values()]
+    if isinstance(o, functools.partial): return [o.func, *o.args, o.keywords, *vars(o).values()]
     if isinstance(o, weakref.ref): return [o()]
+    if isinstance(o, ModuleType): return [*vars(o).values()] if sys.modules.get(o.__name__) is not o else [] # one that was made to hold things
     if isinstance(o, ContextVar): return [o.get(None)]
     if isinstance(o, Iterator) and not isinstance(o, nn.Module): return gc.get_referents(o)
     kind = next((k for k in _sequences if isinstance(o, k)), None) # a subclass may have an `__iter__` of its own

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from torch import Tensor, fx, nn
 
 from .code import functions_of, hook_reading, reading
-from .held import ATOMS, NAMESPACES, OWN, behind, codes_in, content, held_in, instructions, is_record, own_attributes, package_of, reads_attribute, remembered, slots_of
+from .held import ATOMS, NAMESPACES, OWN, behind, codes_in, content, held_in, instructions, is_array, is_record, own_attributes, package_of, reads_attribute, remembered, slots_of
 from .memory import alike, containers, copied, put_back, told
 
 # %% ../../nbs/03_fold.left.ipynb #6d6c2877
@@ -157,9 +157,9 @@ def shared_by(
     hooked:bool=False, # With what its hooks have names for?
 )->tuple: # Of sets of `id`s: of containers; of tensors and arrays; of objects with attributes
     "What the code of `m` may use, that others who have it, too, can change"
-    is_array = lambda o: issubclass(type(o), Tensor) and not isinstance(o, nn.Parameter) or type(o).__module__ == 'numpy' and hasattr(o, 'flags')
+    numbers = lambda o: issubclass(type(o), Tensor) and not isinstance(o, nn.Parameter) or is_array(o)
     held = [*_in_sight(m, (*reading(m).others, *(hook_reading(m).others if hooked else ())))]
-    return {id(o) for o in held if issubclass(type(o), (*_kinds, MutableMapping))}, {id(o) for o in held if is_array(o)}, {id(o) for o in held if not isinstance(o, type) and not issubclass(type(o), _kinds) and hasattr(o, '__dict__') and not issubclass(type(o), (nn.Module, Tensor, FunctionType, ModuleType))}
+    return {id(o) for o in held if issubclass(type(o), (*_kinds, MutableMapping))}, {id(o) for o in held if numbers(o)}, {id(o) for o in held if not isinstance(o, type) and not issubclass(type(o), _kinds) and hasattr(o, '__dict__') and not issubclass(type(o), (nn.Module, Tensor, FunctionType, ModuleType))}
 
 class Left:
     "What the modules in `m` hold, and what can be written of what it is given and of what its code has names for"

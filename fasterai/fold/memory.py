@@ -6,7 +6,7 @@
 __all__ = ['copied', 'put_back', 'containers', 'differs', 'aspects', 'Memory', 'untouched', 'mark', 'told', 'alike']
 
 # %% ../../nbs/02_fold.memory.ipynb #917f7416
-import operator,random
+import functools,operator,random
 from collections import OrderedDict, deque
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,7 +15,7 @@ from types import CellType, FunctionType, ModuleType
 import torch
 from torch import Tensor, fx, nn
 
-from .held import ATOMS, LIBRARIES, NAMESPACES, content, instructions, is_record, named_in, own_attributes, package_of, slots_of
+from .held import ATOMS, LIBRARIES, NAMESPACES, content, instructions, is_array, is_record, named_in, own_attributes, package_of, slots_of
 
 # %% ../../nbs/02_fold.memory.ipynb #4cddc2cf
 _kinds = OrderedDict, dict, list, set, deque
@@ -92,8 +92,6 @@ def _put_parameter(p, old):
 
 def _put_cell(cell, old): cell.cell_contents = old
 
-def _is_array(o): return package_of(type(o)) == 'numpy' and hasattr(o, 'flags') and hasattr(o, 'tobytes') and o.flags.writeable
-
 def _is_same(a, b): return a is b
 
 def _same_names(a, b): return not differs(a, b)
@@ -104,7 +102,8 @@ def _globals_of(f):
     "The global variables that a function sets, its own and those of other Python modules, each as (how it is seen, how it is put back, are two the same?)"
     steps = [i for code in instructions(f) for i in code if i.opname.startswith(('STORE_', 'DELETE_'))]
     modules = [o for o in named_in(f)[0].values() if isinstance(o, ModuleType) and package_of(o) not in LIBRARIES] if any('_ATTR' in i.opname for i in steps) else []
-    names = [(f.__globals__, i.argval) for i in steps if '_GLOBAL' in i.opname] + [(vars(o), i.argval) for o in modules for i in steps if '_ATTR' in i.opname and i.argval in vars(o)]
+    by_name = [*f.__globals__] if 'globals' in f.__code__.co_names else [i.argval for i in steps if '_GLOBAL' in i.opname]
+    names = [(f.__globals__, n) for n in by_name] + [(vars(o), i.argval) for o in modules for i in steps if '_ATTR' in i.opname and i.argval in vars(o)]
     for space,n in names:
         def put(_, old, space=space, n=n): space.pop(n, None) if old is None else space.__setitem__(n, old)
         yield (lambda _, space=space, n=n: space.get(n)), put, _is_same
@@ -115,11 +114,12 @@ def aspects(
     "What can be written of `o` besides what its containers hold"
     if isinstance(o, type): return [(_of_class, _put_class, _same_names)] if _is_writable(o) else []
     if isinstance(o, FunctionType): return [(_of_function, _put_function, _same_names), *_globals_of(o)]
+    if isinstance(o, functools.partial): return [(_of_function, _put_function, _same_names)]
     if isinstance(o, CellType): return [(operator.attrgetter('cell_contents'), _put_cell, _is_same)] if o != CellType() else []
     if isinstance(o, bytearray): return [(bytes, _put_bytes, operator.eq)]
     if isinstance(o, torch.Generator): return [(torch.Generator.get_state, torch.Generator.set_state, torch.equal)]
     if isinstance(o, random.Random): return [(random.Random.getstate, random.Random.setstate, operator.eq)]
-    if _is_array(o): return [(operator.methodcaller('copy'), _put_array, _same_array)]
+    if is_array(o): return [(operator.methodcaller('copy'), _put_array, _same_array)]*o.flags.writeable
     if isinstance(o, nn.Parameter): return [(_of_parameter, _put_parameter, lambda a, b: all(map(operator.is_, a, b)))] if o.is_leaf else []
     if isinstance(o, ContextVar): return [(lambda v: v.get(None), ContextVar.set, _is_same)]
     if type(o).__module__ == 'numpy.random._generator': return [(_random_state, _put_random, _same_states)]
@@ -138,7 +138,7 @@ def _inside(o):
     "What can be reached from `o`, its class included"
     if isinstance(o, nn.Module): return [*own_attributes(o), o._parameters, o._buffers, o._modules, *type(o).__mro__]
     if isinstance(o, type): return [v for v in _of_class(o).values() if _kind(v) or is_record(type(v))] if _is_writable(o) else []
-    if type(o) is FunctionType: return [*content(o), *vars(o).values(), *(o.__closure__ or ())]
+    if type(o) is FunctionType: return [*content(o), *(o.__closure__ or ())]
     return [*content(o), *(type(o).__mro__ if is_record(type(o)) else ())]
 
 class Memory:
@@ -171,6 +171,12 @@ class Memory:
         held = [(h, old, copied) for h,old in self.held if differs(h, old)]
         tensors = [(t, old, Tensor.detach) for t,version,old in self.tensors if _is_rewritten(t, version, old)]
         return held + tensors + [(o, old, see) for o,old,see,_,same in self.besides if not same(see(o), old)]
+
+    def written_in(self, objects):
+        "Does one of these, or a container of its own, hold something else by now?"
+        ids = {id(h) for o in objects for h in (o, *containers(o))}
+        with torch._C.DisableTorchFunction(): # no trace is to see it looked at
+            return any(id(h) in ids and differs(h, old) for h,old in self.held) or any(id(o) in ids and not same(see(o), old) for o,old,see,_,same in self.besides)
 
     def restore(self):
         for t,place,old in self.places:
@@ -213,7 +219,7 @@ def mark(
     if kind in _values: return kind.__name__, repr(o)
     if issubclass(kind, str): return kind.__name__, str.__repr__(o)
     if issubclass(kind, Tensor): return _numbers(o)
-    if package_of(kind) == 'numpy' and hasattr(o, 'tobytes'): return kind.__name__, str(o.dtype), o.shape, o.tobytes()
+    if is_array(o) or package_of(kind) == 'numpy' and hasattr(o, 'tobytes'): return kind.__name__, str(o.dtype), o.shape, o.tobytes()
     return tuple(map(mark, (o.start, o.stop, o.step))) if kind is slice else id(o)
 
 def told(
@@ -224,8 +230,9 @@ def told(
 )->list: # Of (names that lead there, what it is)
     "All that `o` holds, by the names that lead there"
     sequence = issubclass(type(o), (tuple, frozenset))
-    held = [o] if sequence else containers(o) if not issubclass(type(o), (nn.Module, fx.Proxy)) else []
-    slots = slots_of(o) if not sequence and is_record(type(o)) else {}
+    plain = issubclass(type(o), (nn.Module, fx.Proxy)) or is_array(o)
+    held = [o] if sequence else [] if plain else containers(o)
+    slots = slots_of(o) if not (sequence or plain) and is_record(type(o)) else {}
     if not (held or slots): return [(path, mark(o))]
     seen = {} if seen is None else seen
     if id(o) in seen: return [(path, ('as', seen[id(o)]))]

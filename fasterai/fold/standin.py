@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OURS', 'INPLACE', 'Opaque', 'asked_again', 'none_swallowed', 'Impossible', 'Node', 'Place', 'Number', 'StandIn',
-           'Weight', 'is_instance', 'length', 'type_of_any', 'as_operation', 'nodes_in', 'phi']
+           'Weight', 'is_instance', 'length', 'type_of_any', 'Reads', 'as_operation', 'nodes_in', 'phi']
 
 # %% ../../nbs/03_fold.standin.ipynb #7fc015d3
 import builtins,dis,functools,math,operator,sys
@@ -12,12 +12,12 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, fx, nn
-from torch.overrides import is_tensor_method_or_property
+from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from .code import is_message, unpacked
 from .flow import values_in
 from .held import package_of_frame
-from .known import PATTERNED, TENSORS, giver, is_given, length_of, rank_of, type_of, types_of
+from .known import METADATA, PATTERNED, TENSORS, giver, is_given, length_of, rank_of, type_of, types_of
 
 # %% ../../nbs/03_fold.standin.ipynb #d5633f0a
 class Opaque(BaseException): # not an Exception: no `try` in a `forward` may swallow it
@@ -166,6 +166,29 @@ def type_of_any(o, *more):
         if not o.node.number and rank_of(o.node) is None: raise Opaque(o.tracer.here(), 'it asks `type`', choice=False)
     return type(o, *more)
 length.stands_for,type_of_any.stands_for = len,type
+
+# %% ../../nbs/03_fold.standin.ipynb #bc4c3a19
+def _writes(name): return name.endswith('_') and not name.endswith('__') or name.startswith('__i') or name in ('__setitem__', '__set__')
+
+class Reads(TorchFunctionMode):
+    "Notes the parameters that are computed with outside of the traced calls, and undoes what is written"
+    def __init__(self, tracer): super().__init__(); self.tracer,self.saved = tracer,{}
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        asked_again(sys._getframe(1))
+        kwargs,name = kwargs or {}, getattr(func, '__name__', '')
+        if name == '__get__': name = func.__self__.__name__
+        tensors = [t for t in values_in([args, kwargs], Tensor) if not issubclass(type(t), fx.Proxy)]
+        if name.startswith(('rand', 'bernoulli', 'multinomial', 'normal')) and not values_in([args, kwargs], fx.Proxy): raise Opaque(self.tracer.here(), 'it draws random numbers')
+        if name not in METADATA | {'requires_grad_'}: self.tracer.read.update(self.tracer.params[t] for t in tensors if t in self.tracer.params)
+        into = kwargs.get('out', args[0] if args and _writes(name) else None)
+        if issubclass(type(into), Tensor) and not issubclass(type(into), fx.Proxy):
+            if values_in([args, kwargs], fx.Proxy): raise Opaque(self.tracer.here(), 'it keeps what it computed')
+            self.saved.setdefault(id(into), (into, into.detach().clone()))
+        return func(*args, **kwargs)
+
+    def restore(self):
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            for t,old in self.saved.values(): t.detach().copy_(old)
 
 # %% ../../nbs/03_fold.standin.ipynb #5507a88f
 @functools.lru_cache(None)

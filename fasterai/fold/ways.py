@@ -15,16 +15,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx, nn
 from fastcore.basics import patch
-from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from .code import KINDS_ASKED, MAX_WAYS, STATES, asked_for_none, is_state, reading, was_raised
 from .flow import naming, values_in
-from .held import codes_in, held_in, own_attributes, package_of, package_of_frame, random_state, same_random_state, young_garbage
+from .held import ATOMS, codes_in, held_in, own_attributes, package_of, package_of_frame, random_state, same_random_state, young_garbage
 from .known import METADATA, MODULES, called_plainly, content_of, given_out, giver, is_number, known_layer, length_of, operations_in, plain_batchnorm, settings_of
 from .left import Left, Written, held_by, read, shared_by, written
 from .memory import alike, copied, told, untouched
-from .standin import Impossible, Node, Number, Opaque, StandIn, Weight, asked_again, as_operation, is_instance, length, nodes_in, none_swallowed, phi, type_of_any, OURS
+from .standin import Impossible, Node, Number, Opaque, Reads, StandIn, Weight, asked_again, as_operation, is_instance, length, nodes_in, none_swallowed, phi, type_of_any, OURS
 
 # %% ../../nbs/04_fold.ways.ipynb #1e5b1442
 _max_choices = 12
@@ -235,6 +234,7 @@ def is_passing(self:_Tracer, m):
 def leaf(self:_Tracer, m, args, kwargs):
     opaque,certain = type(m) in self.opaque, not any(choices for choices,_ in self.frames)
     if args and args[0] is None and not (opaque or m._forward_pre_hooks or not certain): raise Impossible(m, 'it is called without an input')
+    if opaque and self.is_left_for(m): raise Opaque(self.module(self.stack[-2]), f'it leaves something behind for {naming(self.names[m])}')
     out = self.create_proxy('call_module', self.names[m], args, kwargs)
     out.node.layer,out.node.training,out.node.opaque = m,m.training,opaque # now: the trace puts it back
     if opaque and len(self.stack) > 1:
@@ -243,6 +243,12 @@ def leaf(self:_Tracer, m, args, kwargs):
         held = {id(h) for o in m.modules() for h in held_by((*own_attributes(o),))} if writes.changes else set()
         self.asked_for(m, writes, writes.changes and bool(held_by((*args, *kwargs.values()))), held | (shared_by(m)[1] if writes.fills else set()))
     return out
+
+@patch
+def is_left_for(self:_Tracer, m):
+    "Was something written, in this trace, that `m` or its code can get at without being given it?"
+    inside = [*m.modules()]
+    return len(self.stack) > 1 and self.memory.written_in(held_in((*inside, *map(type, inside), *(o for k in inside for o in self.read_of(k).others)), object))
 
 @patch
 def no_none(self:_Tracer, name):
@@ -273,11 +279,24 @@ def put(self:_Tracer, space, functions={}):
         space[name] = f
 
 @patch
+def afresh(self:_Tracer, f):
+    "`f`, whose cache is to hold no stand-in; what a later call would meet again is watched"
+    @functools.wraps(f.__wrapped__)
+    def called(*args, **kwargs):
+        plain = all(type(o) in ATOMS for o in (*args, *kwargs.values()))
+        out = (f if plain else f.__wrapped__)(*args, **kwargs)
+        if plain and held_in(out, fx.Proxy): f.cache_clear()
+        if held_in(out, fx.Proxy) if plain else held_by((out,)): raise Opaque(self.here(), 'it keeps what it computed')
+        self.memory.note(out)
+        return out
+    return called
+
+@patch
 def put_into(self:_Tracer, space, names):
     "Functions for which Python lets nothing stand in, and those that tell how a run is run, or remember"
     own = {n: f for n,f in dict(len=length, int=as_operation(int), float=as_operation(float), type=type_of_any).items() if n in names and n not in space}
     states = {n: self.state(space[n]) for n in names if is_state(space.get(n))}
-    caches = {n: f.__wrapped__ for n in names if isinstance(f := space.get(n), functools._lru_cache_wrapper)}
+    caches = {n: self.afresh(f) for n in names if isinstance(f := space.get(n), functools._lru_cache_wrapper)}
     self.put(space, own | states | caches)
 
 @patch
@@ -315,29 +334,6 @@ def watching(self:_Tracer):
             if was is None: del space[name]
             else: space[name] = was
 
-# %% ../../nbs/04_fold.ways.ipynb #bc4c3a19
-def _writes(name): return name.endswith('_') and not name.endswith('__') or name.startswith('__i') or name in ('__setitem__', '__set__')
-
-class _Reads(TorchFunctionMode):
-    "Notes the parameters that are computed with outside of the traced calls, and undoes what is written"
-    def __init__(self, tracer): super().__init__(); self.tracer,self.saved = tracer,{}
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        asked_again(sys._getframe(1))
-        kwargs,name = kwargs or {}, getattr(func, '__name__', '')
-        if name == '__get__': name = func.__self__.__name__
-        tensors = [t for t in values_in([args, kwargs], Tensor) if not issubclass(type(t), fx.Proxy)]
-        if name.startswith(('rand', 'bernoulli', 'multinomial', 'normal')) and not values_in([args, kwargs], fx.Proxy): raise Opaque(self.tracer.here(), 'it draws random numbers')
-        if name not in METADATA | {'requires_grad_'}: self.tracer.read.update(self.tracer.params[t] for t in tensors if t in self.tracer.params)
-        into = kwargs.get('out', args[0] if args and _writes(name) else None)
-        if issubclass(type(into), Tensor) and not issubclass(type(into), fx.Proxy):
-            if values_in([args, kwargs], fx.Proxy): raise Opaque(self.tracer.here(), 'it keeps what it computed')
-            self.saved.setdefault(id(into), (into, into.detach().clone()))
-        return func(*args, **kwargs)
-
-    def restore(self):
-        with torch.no_grad(), torch._C.DisableTorchFunction():
-            for t,old in self.saved.values(): t.detach().copy_(old)
-
 # %% ../../nbs/04_fold.ways.ipynb #440f3df2
 def _given(tracer, variant):
     "The arguments of a `forward`, values or stand-ins"
@@ -350,7 +346,7 @@ def _holder(m, o): return next((k for k in m.modules() if o is vars(k) or any(v 
 def trace_ways(m, names, params, opaque, variant, random=None):
     "All ways through `m`, called like this: the tracer, whose nodes end in an output. If random numbers were drawn, once more, to see by whom: `random` is the state in which that begins"
     tracer,state = _Tracer(names, params, opaque, random), random_state()
-    reads = _Reads(tracer)
+    reads = Reads(tracer)
     tracer.stack.append(names[m])
     with ExitStack() as ctx:
         tracer.memory,_,collect = map(ctx.enter_context, (untouched(m), same_random_state(), young_garbage()))
