@@ -236,3 +236,23 @@ def test_errors(tmp_path, monkeypatch):
     def gone(self): raise RuntimeError('no such device')
     monkeypatch.setattr(type(learn.dls.valid), 'one_batch', gone)
     with pytest.raises(ValueError, match="no example could be taken from this Learner's data .*no such device.* pass one"): learn.fold_bn()
+
+
+def test_fold_bn_makes_no_fold_in_place():
+    learn = quiet(Learner(image_dls(), xresnet18(n_out=2), loss_func=CrossEntropyLossFlat()))
+    learn.model.eval()
+    before = len(norms(learn.model))
+    with pytest.raises(TypeError, match=r'BN_Folder\(\).fold\(learn, inplace=True\)'): learn.fold_bn(inplace=True)
+    assert len(norms(learn.model)) == before
+
+
+def test_a_learner_folded_in_place_learns_on(tmp_path):
+    "Its optimizer knew parameters that are gone"
+    learn = trained(Learner(image_dls(), nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(4, 2)), loss_func=CrossEntropyLossFlat(), path=tmp_path))
+    with pytest.raises(ValueError): BN_Folder().fold(learn, torch.randn(1, 7, 8, 8), inplace=True)
+    assert learn.opt is not None
+    assert BN_Folder().fold(learn, inplace=True) is learn.model
+    learn.export('folded.pkl')
+    before = [p.detach().clone() for p in learn.model.parameters()]
+    with learn.no_logging(): learn.fit(1, .1)
+    assert len(before) == 4 and not any(torch.equal(p, q) for p, q in zip(before, learn.model.parameters()))

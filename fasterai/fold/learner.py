@@ -49,6 +49,7 @@ def fold_bn(self:Learner,
     """A Learner with the BatchNorms of this one's model folded; this one stays as it is.
 
     Raises what `BN_Folder.fold` raises: `ValueError` for a model in training mode, or where there is no data to take an example from."""
+    if 'inplace' in kwargs: raise TypeError("`fold_bn` makes a new Learner, and this one stays as it is: to fold its own model, call `BN_Folder().fold(learn, inplace=True)`")
     folder = BN_Folder(bake, through_relu, reparameterize, scales, series)
     model = folder.fold(self, *xs, **kwargs)
     new = copy.copy(self)

@@ -136,6 +136,7 @@ class BN_Folder:
 
         Raises `TypeError` for what is no model, or a `torch.jit` one; `ValueError` for a BatchNorm in training mode, an uninitialised or sharded layer, an example that the model does not run on;
         `FoldError` if the folded model does not agree with the original. After any of them the model is as it was."""
+        learn = model if inplace and _is_learner(model) else None
         model,xs = self._inputs(model, xs, kwargs)
         core,before = unwrapped(model), count_parameters(model)
         if inplace and isinstance(model, DistributedDataParallel): raise ValueError("a DistributedDataParallel has registered its parameters with the other processes: fold `model.module`, then wrap it again")
@@ -143,6 +144,7 @@ class BN_Folder:
             if self._steps: new,plan,check,notes = self._in_steps(core, xs, kwargs, inplace)
             else: (new,plan,check),notes = self._of(core, xs, kwargs).run(inplace),()
             if core is not model: new = model if inplace else copied(model, {id(core): new})
+        if learn is not None: learn.opt = None # it knows the old parameters; fastai makes another
         self.report = Report(plan, before, count_parameters(new), check, tuple(notes))
         return new
 
