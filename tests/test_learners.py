@@ -256,3 +256,19 @@ def test_a_learner_folded_in_place_learns_on(tmp_path):
     before = [p.detach().clone() for p in learn.model.parameters()]
     with learn.no_logging(): learn.fit(1, .1)
     assert len(before) == 4 and not any(torch.equal(p, q) for p, q in zip(before, learn.model.parameters()))
+
+
+def test_check_of_what_is_not_finite():
+    "By the same rule as the check of a fold"
+    learn = trained(Learner(image_dls(), nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(4, 2)), loss_func=CrossEntropyLossFlat()))
+    new = learn.fold_bn(show=False)
+    with torch.no_grad(): new.model[-1].bias[0] = float('nan')
+    found = check(learn, new)
+    assert found.difference.largest == float('inf') and found.by_item.isinf().all()
+    with torch.no_grad(): learn.model[-1].bias[0] = float('nan')
+    found = check(learn, new)
+    assert 0 < found.difference.largest < 1e-4 and found.by_item.isfinite().all()
+    for l in (learn, new):
+        with torch.no_grad(): l.model[-1].bias.fill_(float('nan'))
+    found = check(learn, new)
+    assert found.equal is None and 'nothing to compare' in str(found)

@@ -220,6 +220,13 @@ def test_what_gives_no_tensor_is_not_believed():
     assert folder.fold(model, x)(x) == pytest.approx(model(x), 1e-12) and 'no tensor to compare' in folder.report.notes[0]
 
 
+def test_an_example_that_shows_nothing_is_not_believed():
+    torch.manual_seed(0)
+    model, folder = randomise(nn.Sequential(Remembers())), BN_Folder(reparameterize=True)
+    folder.fold(model, x*float('nan'))
+    assert 'no finite number to compare' in folder.report.notes[0]
+
+
 def test_a_forward_that_is_swapped_belongs_to_the_new_one():
     torch.manual_seed(0)
     new = merged(randomise(nn.Sequential(Swaps())), x)[0]

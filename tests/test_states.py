@@ -10,7 +10,7 @@ from torchvision.models import resnet18
 
 from fasterai.fold import apply, layers
 from fasterai.fold.bake import computing
-from fasterai.fold.verify import difference, run
+from fasterai.fold.verify import compare, difference, run
 from fasterai.misc import bn_folding
 from fasterai.misc.bn_folding import BN_Folder, FoldError
 from helpers import assert_untouched, fold, net, norms, randomise, snapshot
@@ -574,3 +574,19 @@ def test_a_function_that_holds_on_to_the_original():
         with pytest.raises(FoldError, match='still calls a layer of the original.*inplace=True'): BN_Folder().fold(model, *example)
     want = model(given)
     assert torch.allclose(want, BN_Folder().fold(model, inplace=True)(given)) and type(model.bn) is nn.Identity
+
+
+# What is compared, and what is given
+
+class Mute(nn.Module):
+    "Gives no tensor"
+    def __init__(self): super().__init__(); self.body = chain()
+    def forward(self, x): self.body(x)
+
+@pytest.mark.parametrize('make, given', [(chain, x*float('nan')), (chain, x[:0]), (lambda: chain().to('meta'), x.to('meta')), (Mute, x)], ids=['nan', 'empty', 'meta', 'no tensor'])
+def test_where_nothing_is_compared_nothing_is_said_to_be_equal(make, given):
+    model, bn = make(), BN_Folder()
+    new = bn.fold(model, given)
+    assert bn.report.check.compared == 0 and 'nothing could be compared' in str(bn.report) and 'differ by' not in str(bn.report)
+    assert 'nothing to compare' in str(compare(model, new, given, seconds=0))
+    assert bn.fold(chain(), x) and bn.report.check.compared == x.numel() and 'differ by' in str(bn.report)

@@ -17,7 +17,7 @@ from fastcore.foundation import L
 from fastcore.imports import in_notebook
 from torch import Tensor, nn
 
-from .verify import Difference, aligned, tensors_in
+from .verify import Difference, aligned, difference, distances, tensors_in
 from ..misc.bn_folding import BN_Folder
 
 # %% ../../nbs/20_fold.learner.ipynb #1b454ac1
@@ -65,8 +65,8 @@ class Check:
     "Two Learners over one validation set"
     items:int # How many
     difference:Difference # Between the models' outputs, over all of them
-    by_item:Tensor # `[items]`, float64: the largest difference in each item, relative to the largest output of all
-    equal:float|None # Share of equal predictions, 0 to 1; `None` where the loss function does not say what is predicted
+    by_item:Tensor # `[items]`, float64: the largest difference in each item, relative to the largest output of all; infinite where one of the two is finite alone
+    equal:float|None # Share of equal predictions, 0 to 1; `None` where the loss function does not say what is predicted, or nothing could be compared
     metrics:dict # By name: the loss and each metric, before and after
 
     def rows(self):
@@ -74,7 +74,7 @@ class Check:
         yield 'items', f'{self.items:,}', ''
         for name,(a,b) in self.metrics.items(): yield name, *(f'{v:.6f}' if isinstance(v, float) else str(v) for v in (a, b))
         if self.equal is not None: yield 'equal predictions', '', f'{self.equal:.4%}'
-        yield 'largest difference', '', f'{self.difference.largest:.3g} (relative {self.difference.relative:.2g})'
+        yield 'largest difference', '', str(self.difference)
 
     def __str__(self): return aligned([('', 'before', 'after'), *self.rows()])
     __repr__ = __str__
@@ -94,16 +94,17 @@ class Check:
 class _Beside(Callback):
     "Asks a second model for each batch of a validation"
     run_train,order = False,-1000 # before another callback takes the output apart
-    def __init__(self, model, decodes): self.model2,self.decodes,self.largest,self.scale,self.equal,self.count = model,decodes,[],0.,0,0
+    def __init__(self, model, decodes): self.model2,self.decodes,self.largest,self.scale,self.compared,self.equal,self.count = model,decodes,[],0.,0,0,0
     def before_validate(self):
         self.model2.eval()
         if hasattr(self.model2, 'reset'): self.model2.reset() # a recurrent one keeps its state from batch to batch
     def after_pred(self):
         with torch.no_grad(): new = self.model2(*self.xb)
-        a,b = ([t.detach().double().cpu() for t in tensors_in(p) if t.is_floating_point()] for p in (self.pred, new))
+        a,b = ([t for t in tensors_in(p) if t.is_floating_point()] for p in (self.pred, new))
         if [t.shape for t in a] != [t.shape for t in b]: raise ValueError(f'the models give different shapes: {[[*t.shape] for t in a]} and {[[*t.shape] for t in b]}')
-        self.scale = max([self.scale, *(t.abs().max().item() for t in a if t.numel())])
-        items = [(p-q).abs().flatten(1).amax(1) if p.dim() > 1 else (p-q).abs().flatten() for p,q in zip(a, b) if p.numel()]
+        found = difference(a, b)
+        self.scale,self.compared = max(self.scale, found.scale), self.compared + found.compared
+        items = [d.flatten(1).amax(1) if d.dim() > 1 else d.flatten() for d in (distances(p, q).nan_to_num(0., float('inf')) for p,q in zip(a, b)) if d.numel()]
         if not items: raise ValueError('the model gives no real numbers to compare')
         self.largest.append(torch.stack(items).amax(0) if len({len(i) for i in items}) == 1 else torch.cat(items).amax().view(1)) # a batch is one item where its outputs have no common first axis
         was,now = (self.decodes(_first(p)) if self.decodes else None for p in (self.pred, new))
@@ -131,5 +132,5 @@ def check(
     before = _validated(learn, beside)
     after = _validated(new_learn)
     by_item = torch.cat(beside.largest)
-    return Check(len(by_item), Difference(by_item.max().item(), beside.scale), by_item/(beside.scale or 1), beside.equal/beside.count if beside.count else None,
+    return Check(len(by_item), Difference(by_item.max().item(), beside.scale, beside.compared), by_item/(beside.scale or 1), beside.equal/beside.count if beside.count and beside.compared else None,
                  {n: (v, after[n]) for n,v in before.items()})

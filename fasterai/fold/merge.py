@@ -62,9 +62,9 @@ def _held_against(model, new, example):
         with untouched(new[m]): outs.setdefault(m, []).append(_try(lambda: new[m](*cloned(args), **cloned(kwargs)))) # a block may call itself
     def after(m, args, kwargs, out):
         made = outs[m].pop()
-        found = made if isinstance(made, str) else _try(lambda: difference(out, made).relative)
+        found = made if isinstance(made, str) else _try(lambda: difference(out, made))
         limit = tolerance_for(out, m)
-        wrong = found if isinstance(found, str) else 'it gives no tensor to compare' if not tensors_in(out) else f'what it gives differs by {found:.2g}' if not found <= limit else ''
+        wrong = found if isinstance(found, str) else 'it gives no tensor to compare' if not tensors_in(out) else 'it gives no finite number to compare' if not found.compared else f'what it gives differs by {found.relative:.2g}' if not found.relative <= limit else ''
         why[m] = why.get(m) or wrong
     for m in new: handles += [m.register_forward_pre_hook(before, with_kwargs=True), m.register_forward_hook(after, with_kwargs=True)]
     try: run(model, *cloned(example))

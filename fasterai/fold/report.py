@@ -39,7 +39,9 @@ class Report:
         if layers := sum(r.is_layer for r in self): yield f'{layers} {"layer" if layers == 1 else "layers"} {"merged" if done else "can be merged"} with others'
         yield f'{self.before:,} parameters' + (f' became {self.after:,}: {self.before-self.after:,} fewer' if done else '')
         yield from self.notes
-        if self.check: yield f'outputs on the example differ by {self.check.largest:.2g} at most (relative {self.check.relative:.2g})'
+        if not self.check: return
+        if self.check.compared == 0: yield 'nothing could be compared: the outputs on the example hold no finite number'
+        else: yield f'outputs on the example differ by {self.check.largest:.2g} at most (relative {self.check.relative:.2g})'
 
     def __str__(self):
         rows = [('BatchNorm', 'folded into', 'how, or why it is kept')] + [(r.name or '(the model)', r.into or '–', r.how or r.why) for r in self]
