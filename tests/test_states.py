@@ -590,3 +590,15 @@ def test_where_nothing_is_compared_nothing_is_said_to_be_equal(make, given):
     assert bn.report.check.compared == 0 and 'nothing could be compared' in str(bn.report) and 'differ by' not in str(bn.report)
     assert 'nothing to compare' in str(compare(model, new, given, seconds=0))
     assert bn.fold(chain(), x) and bn.report.check.compared == x.numel() and 'differ by' in str(bn.report)
+
+
+@pytest.mark.parametrize('norm', [parametrizations.weight_norm, parametrizations.spectral_norm, nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_a_baked_model_is_saved_whole_and_loads(norm):
+    "PyTorch leaves hooks for loading where a weight is computed no more"
+    torch.manual_seed(0)
+    model = randomise(nn.Sequential(norm(conv()), nn.BatchNorm2d(4)))
+    hooks = [*model[0]._load_state_dict_pre_hooks]
+    new = BN_Folder(bake=True).fold(model, x)
+    loaded = pickle.loads(pickle.dumps(new))
+    loaded.load_state_dict(new.state_dict())
+    assert torch.equal(loaded(x), new(x)) and [*model[0]._load_state_dict_pre_hooks] == hooks

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.prune import BasePruningMethod, remove as remove_pruning
-from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook
 from torch.nn.utils.weight_norm import WeightNorm
 
 # %% ../../nbs/01_fold.bake.ipynb #347ada10
@@ -66,6 +66,16 @@ def _steady(value):
         torch.manual_seed(1)
         return torch.equal(first, value().detach())
 
+def _left_over(hook):
+    "Does it load what a computation needs?"
+    return type(hook) is SpectralNormLoadStateDictPreHook or getattr(hook, '__module__', '') == 'torch.nn.utils.parametrizations'
+
+def _tidy(m):
+    "Take off the hooks for loading that PyTorch leaves on a layer that computes no more: they ask for what is gone, or can't be pickled"
+    hooks = m._load_state_dict_pre_hooks
+    for k,h in [*hooks.items()]:
+        if _left_over(getattr(h, 'hook', h)): del hooks[k]
+
 def bake(
     model:nn.Module, # Changed: computed weights become plain parameters, under their own names
 )->callable: # Call it to put everything back
@@ -90,6 +100,7 @@ def bake(
                     with torch.enable_grad(): remove(m, name)
                 except Exception as e: raise ValueError(f"PyTorch can't make `{name}` of a {type(m).__name__} plain ({type(e).__name__}: {e}): remove what computes it by hand, or fold without `bake`") from e
                 if not torch.equal(getattr(m, name), want): raise ValueError(f"PyTorch's {remove.__name__} does not leave `{name}` of a {type(m).__name__} as it was computed")
+                if not computing(m): _tidy(m)
     except BaseException:
         undo()
         raise
