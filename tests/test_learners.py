@@ -243,6 +243,7 @@ def test_fold_bn_makes_no_fold_in_place():
     learn.model.eval()
     before = len(norms(learn.model))
     with pytest.raises(TypeError, match=r'BN_Folder\(\).fold\(learn, inplace=True\)'): learn.fold_bn(inplace=True)
+    with pytest.raises(TypeError, match='takes no `relu`.*the switches of'): learn.fold_bn(relu=True)
     assert len(norms(learn.model)) == before
 
 

@@ -602,3 +602,47 @@ def test_a_baked_model_is_saved_whole_and_loads(norm):
     loaded = pickle.loads(pickle.dumps(new))
     loaded.load_state_dict(new.state_dict())
     assert torch.equal(loaded(x), new(x)) and [*model[0]._load_state_dict_pre_hooks] == hooks
+
+
+@pytest.mark.parametrize('given, said', [((x.numpy(),), r'\(ndarray\), which holds no tensor: TypeError'), (('x',), r'\(str\), which holds no tensor'), ((None,), r'\(NoneType\), which'), ((1, 4, 6, 6), r'\(int, int, int, int\), which'),
+                                         (([x],), r'\(list of \[3, 4, 6, 6\] torch.float64 on cpu\), which is one argument \(for several: `fold\(model, \*x\)`\)'), (({'input': x},), r'\*\*x')])
+def test_an_example_that_is_no_tensor_is_named(given, said):
+    with pytest.raises(ValueError, match=said) as e: BN_Folder().fold(chain(), *given)
+    assert '\n' not in str(e.value) and len(str(e.value)) < 400
+
+def test_what_the_model_holds_is_not_blamed_on_the_example():
+    class Broken:
+        @property
+        def __class__(self): raise RuntimeError('no class')
+    model = chain()
+    vars(model)['held'] = Broken()
+    with pytest.raises(RuntimeError, match='^no class'): BN_Folder().fold(model, x)
+
+@pytest.mark.parametrize('call', [lambda: BN_Folder(chain()), lambda: BN_Folder('yes'), lambda: BN_Folder(series='False'), lambda: BN_Folder(None), lambda: BN_Folder().fold(chain(), inplace=x), lambda: BN_Folder().plan(chain(), x, inplace='no')])
+def test_a_switch_is_on_or_off(call):
+    with pytest.raises(TypeError, match='is a switch, True or False, not'): call()
+
+@pytest.mark.parametrize('name', ['relu', 'series'])
+def test_a_name_that_is_no_switch_of_fold(name):
+    with pytest.raises(TypeError, match=f'takes no `{name}`: .*the switches of .* bake, through_relu, reparameterize, scales, series'): BN_Folder().fold(chain(), x, **{name: True})
+
+def test_a_folder_shows_its_switches(): assert repr(BN_Folder(series=True)) == 'BN_Folder(bake=False, through_relu=False, reparameterize=False, scales=False, series=True)'
+
+def test_an_argument_may_have_the_name_of_ours():
+    model = net(lambda m, model: m.bn(m.conv(model)), conv=nn.Conv2d(4, 4, 1), bn=nn.BatchNorm2d(4))
+    new = BN_Folder().fold(model, model=x)
+    assert not norms(new) and BN_Folder().plan(model, model=x).kept == 0 and compare(model, new, model=x, seconds=0).difference.relative < 1e-12
+
+def test_a_plan_in_place_changes_nothing():
+    model = nn.Sequential(chain(), parametrizations.weight_norm(conv())).double().eval()
+    model.lock = threading.Lock()
+    before, want, folder = snapshot(model), model(x), BN_Folder(bake=True, series=True)
+    with pytest.raises(TypeError, match='inplace=True'): folder.plan(model, x)
+    for example in ((), (x,)): assert folder.plan(model, *example, inplace=True).folded == 2
+    assert_untouched(model, before)
+    assert torch.equal(model(x), want) and computing(model[1])
+
+@pytest.mark.parametrize('switches, without', [(dict(bake=True), '`bake`$'), (dict(bake=True, reparameterize=True), '`bake` and `reparameterize`$')])
+def test_only_switches_that_are_on_are_named(switches, without):
+    model = net(lambda m, x: m.bn(m.conv(x)) + m.conv.parametrizations.weight.original0.sum(), conv=parametrizations.weight_norm(nn.Conv2d(4, 4, 1)), bn=nn.BatchNorm2d(4))
+    with pytest.raises(FoldError, match=without): BN_Folder(**switches).fold(model, x)

@@ -164,6 +164,7 @@ def _summary(out):
 def compare(
     model:nn.Module,
     new_model:nn.Module,
+    /,
     *xs:Tensor, # What both take
     seconds:float=1., # How long to time for, both together; 0 to leave it
     **kwargs,

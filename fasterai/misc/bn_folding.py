@@ -8,6 +8,7 @@ __all__ = ['FoldError', 'unwrapped', 'learner_example', 'BN_Folder']
 # %% ../../nbs/10_misc.bn_folding.ipynb #101cbbd8
 from contextlib import ExitStack
 from functools import cache, partial
+from textwrap import shorten
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 from ..fold.apply import Unfit, apart, copied, fold_inplace, folded_copy, new_weights
 from ..fold.bake import bake
 from ..fold.carry import CARRIERS
+from ..fold.code import named_by
 from ..fold.flow import altered, hook_name, naming
 from ..fold.held import afresh, plain_device, same_random_state
 from ..fold.layers import LAYERS, NORMS
 from ..fold.left import read
 from ..fold.linear import PARALLEL, SERIES, plan_linear
+from ..fold.memory import untouched
 from ..fold.merge import merge, unasked
 from ..fold.plan import NEIGHBOURS, THROUGH, Plan, plan_folds
 from ..fold.record import record_flow
@@ -99,6 +102,13 @@ def _unasked_for(model, gone, advice):
     for name,m in model.named_modules():
         if asked := sorted(gone & read(m).any): raise FoldError(f"{naming(name)} has a name for `{asked[0]}`, which is gone once its weights are plain: {advice}")
 
+_switches = 'bake', 'through_relu', 'reparameterize', 'scales', 'series'
+
+def _check_switches(**switches):
+    "Raise unless each is on or off"
+    for name,v in switches.items():
+        if not isinstance(v, bool): raise TypeError(f"`{name}` is a switch, True or False, not {type(v).__name__!r}: the model and its example go to `fold`, by position")
+
 class BN_Folder:
     """Folds the BatchNorms of a model into the layers beside them, wherever that is exact.
 
@@ -111,31 +121,43 @@ class BN_Folder:
         reparameterize:bool=False, # Merge parallel branches: first let the modules that know how do so (`reparameterize`, `switch_to_deploy`, `fuse`), where an example shows that nothing changes; then the layers that are added for one input
         scales:bool=False, # Fold every other module, or parameter of one, that only multiplies and adds numbers of its own, one for each channel: a LayerScale, a normalisation of the input
         series:bool=False, # Then merge two linear layers in series into one, where that is less work
-    ): self.bake,self.through_relu,self.reparameterize,self.scales,self.series = bake,through_relu,reparameterize,scales,series
+    ):
+        self.bake,self.through_relu,self.reparameterize,self.scales,self.series = bake,through_relu,reparameterize,scales,series
+        _check_switches(**self._set)
+
+    @property
+    def _set(self): return {name: getattr(self, name) for name in _switches}
+
+    def __repr__(self): return f"BN_Folder({', '.join(f'{name}={v}' for name,v in self._set.items())})"
 
     def plan(self,
         model:nn.Module, # Or a fastai `Learner`; in eval mode
+        /,
         *xs, # An example, as `model` takes it
+        inplace:bool=False, # Try it on `model` itself and put that back, where it can't be copied
         **kwargs, # More of the example, by name
     )->Report: # Nothing is changed
         """What `fold` would do with each BatchNorm. Takes what `fold` takes, and raises the same errors for bad input."""
+        _check_switches(inplace=inplace)
         model,xs = self._inputs(model, xs, kwargs)
         core = unwrapped(model)
-        with afresh(), torch.inference_mode(False): plan,notes = self._in_steps(core, xs, kwargs)[1::2] if self._steps else (self._of(core, xs, kwargs).plan(), ())
+        with afresh(), torch.inference_mode(False): plan,notes = self._in_steps(core, xs, kwargs, inplace, keep=False)[1::2] if self._steps else (self._of(core, xs, kwargs).plan(), ())
         return Report(plan, count_parameters(model), notes=tuple(notes))
 
     def fold(self,
-        model:nn.Module, # Or a fastai `Learner`; in eval mode. It is not changed, unless `inplace`
+        model:nn.Module, # Or a fastai `Learner`; its BatchNorms in eval mode. It is not changed, unless `inplace`
+        /,
         *xs, # An example, as `model` takes it. Without one, only what holds for every input is folded
         inplace:bool=False, # Rewrite `model` itself, for models too large to copy
         **kwargs, # More of the example, by name
-    )->nn.Module: # Same class, names, devices, dtypes, memory formats and `requires_grad`, in eval mode
+    )->nn.Module: # Same class, names, devices, dtypes, memory formats and `requires_grad`, each module in the mode that it was in
         """The model without the BatchNorms that can be folded exactly; see `report` for each of them.
 
         The example `xs`, `kwargs` is what `model.forward` takes: tensors of the shape, dtype and device that it is used with, a batch of one or two is enough. With one, the result is run on it and compared.
 
-        Raises `TypeError` for what is no model, or a `torch.jit` one; `ValueError` for a BatchNorm in training mode, an uninitialised or sharded layer, an example that the model does not run on;
+        Raises `TypeError` for what is no model, or a `torch.jit` one, and for a switch that there is not; `ValueError` for a BatchNorm in training mode, an uninitialised or sharded layer, an example that the model does not run on;
         `FoldError` if the folded model does not agree with the original. After any of them the model is as it was."""
+        _check_switches(inplace=inplace)
         learn = model if inplace and _is_learner(model) else None
         model,xs = self._inputs(model, xs, kwargs)
         core,before = unwrapped(model), count_parameters(model)
@@ -156,7 +178,8 @@ class BN_Folder:
     def _prepare(self, model, xs, kwargs):
         "Make plain what `model` computes, and let it merge what it can: how to undo that, what it gave before, the BatchNorms that went, and what there is to say"
         want = _on_example(run, model, (xs, kwargs)) if xs or kwargs else None
-        rows,notes,advice = [],[],"its code asks how they are computed. The original is as it was: fold it without `bake` and `reparameterize`"
+        rows,notes = [],[]
+        advice = f"its code asks how they are computed. The original is as it was: fold it without {' and '.join(f'`{o}`' for o in ('bake', 'reparameterize') if getattr(self, o))}"
         with ExitStack() as undo:
             if self.bake:
                 parts = _parts(model)
@@ -173,8 +196,8 @@ class BN_Folder:
                 raise FoldError(f"the model's outputs differ by {found.largest:.3g} (relative {found.relative:.2g}) once its weights are plain and its modules merged: {advice}")
             return undo.pop_all().close, want, rows, notes
 
-    def _in_steps(self, model, xs, kwargs, inplace=False):
-        "Prepare a copy, or `model` itself, fold it, and merge layers until there are none left to merge"
+    def _in_steps(self, model, xs, kwargs, inplace=False, keep=True):
+        "Prepare a copy, or `model` itself, fold it, and merge layers until there are none left to merge; put all back unless `keep`"
         if not inplace: model = apart(model)
         back,want,rows,notes = self._prepare(model, xs, kwargs)
         sides = (PARALLEL if self.reparameterize else {}) | (SERIES if self.series else {})
@@ -187,7 +210,7 @@ class BN_Folder:
             plan = Plan(tuple(rows)).then(carried_out(self._of(model, xs, kwargs)))
             while sides and len(more := carried_out(_Fold(model, xs, kwargs, partial(plan_linear, sides=sides)))): plan = plan.then(more)
             check = None if want is None else _difference(want, run(model, *cloned((xs, kwargs))))
-            undo.pop_all()
+            if keep: undo.pop_all()
         return model, plan, check, notes
 
     @staticmethod
@@ -200,20 +223,33 @@ class BN_Folder:
         return model, xs
 
 # %% ../../nbs/10_misc.bn_folding.ipynb #6e61cd52
+def _brief(e): return f'{type(e).__name__}: ' + shorten(str(e).strip().partition('\n')[0], 200, placeholder=' …')
+
+def _given(xs, kwargs):
+    "The arguments of an example, as an error names them"
+    for o in (*xs, *kwargs.values()):
+        inside = ', '.join(f'{[*t.shape]} {t.dtype} on {t.device}' for t in tensors_in(o))
+        yield inside if isinstance(o, Tensor) else f'{type(o).__name__} of {inside}' if inside else type(o).__name__
+
 def _on_example(f, model, example, *more):
     "What `f` makes of `model` and a copy of the example"
     try: return f(model, *cloned(example), *more)
     except Exception as e:
-        shapes = [f'{[*t.shape]} {t.dtype} on {t.device}' for t in tensors_in(example)]
-        how = ', which is run without gradients' if 'grad' in str(e) else ''
-        raise ValueError(f"the model does not run on this example ({', '.join(shapes)}){how}: {type(e).__name__}: {e}") from e
+        with untouched(model, named_by(model)): pass # what the model holds may be what fails
+        xs,kwargs = example
+        for name,v in kwargs.items():
+            if f"unexpected keyword argument '{name}'" in str(e) and not tensors_in(v):
+                raise TypeError(f"the model's `forward` takes no `{name}`: what is given by name is its example, and the switches of `BN_Folder` and `fold_bn` are {', '.join(_switches)}") from e
+        stars = {tuple: '*', list: '*', dict: '**'}.get(type(xs[0])) if len(xs) == 1 else None
+        how = ', which is run without gradients' if 'grad' in str(e) else ', which holds no tensor' if not tensors_in(example) else f', which is one argument (for several: `fold(model, {stars}x)`)' if stars else ''
+        raise ValueError(f"the model does not run on this example ({', '.join(_given(xs, kwargs))}){how}: {_brief(e)}") from e
 
 def _recorded(model, example):
     "A recorded run, and what the model gave"
     try: return _on_example(record_flow, model, example, _known)
     except ValueError as e:
         _on_example(run, model, example)
-        raise ValueError(f"the model runs on this example, but what it does can't be recorded ({e.__cause__}): fold it without one") from e
+        raise ValueError(f"the model runs on this example, but what it does can't be recorded ({_brief(e.__cause__)}): fold it without one") from e
 
 _unsteady = {'sort', 'argsort', 'topk', 'nms', 'argmax', 'argmin', 'nonzero', 'unique', '_unique2'}
 
