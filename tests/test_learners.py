@@ -273,3 +273,56 @@ def test_check_of_what_is_not_finite():
         with torch.no_grad(): l.model[-1].bias.fill_(float('nan'))
     found = check(learn, new)
     assert found.equal is None and 'nothing to compare' in str(found)
+
+
+def small(**kw): return quiet(Learner(image_dls(), nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(4, 2)).eval(), loss_func=CrossEntropyLossFlat(), **kw))
+
+
+def test_check_says_what_it_takes():
+    learn = small(metrics=accuracy)
+    new = learn.fold_bn(show=False)
+    for other in (None, new.model):
+        with pytest.raises(TypeError, match='takes two Learners, not .* `compare'): check(learn, other)
+        with pytest.raises(TypeError, match='takes two Learners'): check(other, learn)
+    with pytest.raises(ValueError, match=r"different metrics: \['accuracy'\] and \[\]"): check(learn, small())
+    for dls in (None, DataLoaders()):
+        new.dls = dls
+        with pytest.raises(ValueError, match='no validation data'): check(learn, new)
+        with pytest.raises(ValueError, match='no validation data'): check(new, learn)
+        with pytest.raises(ValueError, match='no data to take an example from'): new.fold_bn()
+
+
+def test_check_keeps_metrics_of_one_name_apart():
+    def other(p, y): return torch.tensor(0.)
+    other.__name__ = 'accuracy'
+    learn = small(metrics=[accuracy, other])
+    found = check(learn, learn.fold_bn(show=False))
+    assert [*found.metrics] == ['loss', 'accuracy', 'accuracy (2)'] and found.metrics['accuracy (2)'] == (0., 0.) != found.metrics['accuracy']
+
+
+def test_check_is_drawn_where_items_are_infinite():
+    learn = small()
+    new = learn.fold_bn(show=False)
+    with torch.no_grad(): new.model[-1].bias.fill_(float('nan'))
+    found = check(learn, new)
+    assert found.plot().get_title() == f'and {found.items} infinite'
+
+
+def test_learner_example_says_what_it_takes():
+    learn = small()
+    for other in (None, learn.model):
+        with pytest.raises(TypeError, match='takes a Learner, not'): learner_example(other)
+    for n in (0, -1, '2', 2.5):
+        with pytest.raises(ValueError, match='how many items'): learner_example(learn, n)
+    assert [len(learner_example(learn, n)[0]) for n in (1, 4, None)] == [1, 4, 8]
+
+
+def test_compare_says_what_it_takes():
+    learn, x = small(), torch.randn(1, 3, 8, 8)
+    for a, b in ((learn, learn.model), (learn.model, learn), (None, learn.model)):
+        with pytest.raises(TypeError, match='compare takes an nn.Module, not .*`learn.model`'): compare(a, b, x)
+    for o in (learn, None, nn.Linear):
+        with pytest.raises(TypeError, match='count_parameters takes an nn.Module'): count_parameters(o)
+    for seconds in (-1, '1', None, float('nan')):
+        with pytest.raises(ValueError, match='0 or more'): compare(learn.model, learn.model, x, seconds=seconds)
+    with pytest.raises(ValueError, match='nothing was timed'): compare(learn.model, learn.model, x, seconds=0).speedup

@@ -18,7 +18,7 @@ from fastcore.imports import in_notebook
 from torch import Tensor, nn
 
 from .verify import Difference, aligned, difference, distances, tensors_in
-from ..misc.bn_folding import BN_Folder
+from ..misc.bn_folding import BN_Folder, loader
 
 # %% ../../nbs/20_fold.learner.ipynb #1b454ac1
 def _copied(cb, model, new):
@@ -85,7 +85,9 @@ class Check:
         "How the items' differences are spread"
         import matplotlib.pyplot as plt
         ax = ax or plt.subplots(figsize=(4, 2.4), layout='constrained')[1]
-        ax.hist(self.by_item.clamp(min=1e-17).log10(), bins=30)
+        finite = self.by_item[self.by_item.isfinite()]
+        ax.hist(finite.clamp(min=1e-17).log10(), bins=30)
+        if len(finite) < self.items: ax.set_title(f'and {self.items-len(finite)} infinite')
         ax.set(xlabel='largest difference of an item, relative to the largest output [log10]', ylabel='items')
         ax.spines[['top', 'right']].set_visible(False)
         return ax
@@ -117,8 +119,12 @@ def _first(pred): return pred[0] if isinstance(pred, (tuple, list)) else pred # 
 def _validated(learn, cbs=None):
     "The loss and each metric, by name"
     with learn.no_logging(): values = learn.validate(cbs=cbs)
+    return dict(zip(_names(learn), values))
+
+def _names(learn):
+    "Of the loss and each metric; a second one of a name has a number"
     names = ['loss', *(m.name for m in learn.metrics)]
-    return dict(zip(names, values))
+    return [f'{n} ({names[:i].count(n)+1})' if n in names[:i] else n for i,n in enumerate(names)]
 
 def check(
     learn:Learner, # Its validation set is used
@@ -126,8 +132,11 @@ def check(
 )->Check: # With largest difference, share of equal predictions, and metrics side by side
     """Both models over the whole validation set, with fastai's progress bar.
 
-    Raises `ValueError` where there is no validation set, or where the models give different shapes."""
-    if not len(getattr(learn.dls, 'valid', None) or ()): raise ValueError('this Learner has no validation data to check on: give it some, as in `learn.dls = dls`')
+    Raises `TypeError` for what is no Learner; `ValueError` where there is no validation set, or where the metrics or the shapes of what the models give are different."""
+    for l in (learn, new_learn):
+        if not isinstance(l, Learner): raise TypeError(f'check takes two Learners, not {type(l).__name__!r}: models are held against each other by `compare(model, new_model, x)`')
+        if not len(loader(l.dls, 'valid') or ()): raise ValueError('this Learner has no validation data to check on: give it some, as in `learn.dls = dls`')
+    if _names(learn) != _names(new_learn): raise ValueError(f'the Learners have different metrics: {_names(learn)[1:]} and {_names(new_learn)[1:]}')
     beside = _Beside(new_learn.model, getattr(learn.loss_func, 'decodes', None))
     before = _validated(learn, beside)
     after = _validated(new_learn)

@@ -23,10 +23,11 @@ def _outcome(row):
 @patch
 def plot(self:Report,
     ax=None, # Axes to draw on
-    names:int=40, # Name every BatchNorm if there are at most this many, and else those that are kept
+    names:int|None=40, # Name every BatchNorm if there are at most this many (`None`: always), and else those that are kept
 ): # The axes
     "A strip with a bar for each BatchNorm, coloured by what became of it"
     import matplotlib.pyplot as plt
+    names = len(self) if names is None else names
     ax = ax or plt.subplots(figsize=(max(4, min(12, .25*len(self))), 1.6), layout='constrained')[1]
     for outcome,colour in _outcomes.items():
         at = [i for i,r in enumerate(self) if _outcome(r) == outcome]
@@ -41,18 +42,19 @@ def plot(self:Report,
 # %% ../../nbs/10_fold.plots.ipynb #40b0ceb1
 @patch
 def plot(self:Comparison,
-    axs=None, # Two axes to draw on (one where nothing was timed)
+    axs=None, # Two axes to draw on, or one where nothing was timed, which may stand alone
 ): # The axes
     "Parameters and latency of two models, side by side"
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot as plt, numpy as np
     n = 1 + bool(self.latency)
-    axs = plt.subplots(1, n, figsize=(3*n, 2.4), layout='constrained', squeeze=False)[1][0] if axs is None else axs
+    axs = np.ravel(plt.subplots(1, n, figsize=(3*n, 2.4), layout='constrained')[1] if axs is None else axs)
+    if len(axs) != n: raise ValueError(f'`axs`: {n} to draw on, not {len(axs)}')
     labels,colours = ('before', 'after'), ('tab:gray', 'tab:blue')
     axs[0].bar(labels, [p/1e6 for p in self.parameters], color=colours)
     axs[0].set_ylabel('parameters [millions]')
     if self.latency:
         middle,low,high = ([1e3*t[i] for t in self.latency] for i in range(3))
         axs[1].bar(labels, middle, color=colours, yerr=[[m-l for m,l in zip(middle, low)], [h-m for m,h in zip(middle, high)]], capsize=4)
-        axs[1].set(ylabel='latency, median and quartiles [ms]', title=f'{self.speedup:.2f}× faster')
+        axs[1].set(ylabel='latency, median and quartiles [ms]', title=f'speed-up {self.speedup:.2f}×')
     for ax in axs: ax.spines[['top', 'right']].set_visible(False)
     return axs
