@@ -45,6 +45,8 @@ class Row:
     groups:int=1 # Its own, if it does
     merged:tuple=() # Name of a module that merged itself with the BatchNorm in it, and the method by which it did
 
+    def __repr__(self): return f'Row({self.name!r}, ' + (f'into={self.into!r})' if self.folded else f'why={self.why!r})')
+
     def same(self, o):
         "Does `o` fold it in the same way?"
         mine,others = (sorted(r.absorbs, key=lambda a: (a.layer, a.weight)) for r in (self, o))

@@ -25,32 +25,37 @@ class Report:
     def __iter__(self): return iter(self.plan)
     def __len__(self): return len(self.plan)
     def __getitem__(self, name): return self.plan[name]
+    def __contains__(self, name): return any(name in (r.name, r) for r in self)
 
     @property
     def folded(self): return sum(r.folded and not r.is_layer for r in self)
     @property
     def kept(self): return sum(not r.folded for r in self)
 
+    def rows(self):
+        "`(name, folded into, how or why not)` as text"
+        for r in self: yield r.name or '(the model)', r.into or '–', r.how or r.why
+
     def totals(self):
         "The summary, a line each"
         done = self.after is not None
+        gone = self.before - self.after if done else 0
         what = 'BatchNorms and scales' if any(r.steps for r in self) else 'BatchNorms'
-        yield f'{self.folded} of {self.folded + self.kept} {what} {"folded" if done else "can be folded"}, {self.kept} kept'
+        yield f'{self.folded} of {self.folded + self.kept} {what} {"folded" if done else "can be folded"}, {self.kept} kept' if len(self) else 'there is no BatchNorm module in this model'
         if layers := sum(r.is_layer for r in self): yield f'{layers} {"layer" if layers == 1 else "layers"} {"merged" if done else "can be merged"} with others'
-        yield f'{self.before:,} parameters' + (f' became {self.after:,}: {self.before-self.after:,} fewer' if done else '')
-        yield from self.notes
+        yield f'{self.before:,} parameters' + (f' became {self.after:,}: {abs(gone):,} {"fewer" if gone > 0 else "more"}' if gone else ', as before' if done else '')
+        yield from (' '.join(o.split()) for o in self.notes)
         if not self.check: return
         if self.check.compared == 0: yield 'nothing could be compared: the outputs on the example hold no finite number'
         else: yield f'outputs on the example differ by {self.check.largest:.2g} at most (relative {self.check.relative:.2g})'
 
     def __str__(self):
-        rows = [('BatchNorm', 'folded into', 'how, or why it is kept')] + [(r.name or '(the model)', r.into or '–', r.how or r.why) for r in self]
-        lines = aligned(rows).split('\n')
-        return '\n'.join([lines[0], '-'*len(lines[0]), *lines[1:], '', *self.totals()])
+        lines = aligned([('BatchNorm', 'folded into', 'how, or why it is kept'), *self.rows()]).split('\n')
+        return '\n'.join([*([lines[0], '-'*len(lines[0]), *lines[1:], ''] if len(self) else ()), *self.totals()])
     __repr__ = __str__
 
     def _repr_html_(self):
-        code = lambda o: f'<code>{escape(o)}</code>' if o else '–'
-        body = ''.join(f'<tr><td>{code(r.name)}</td><td>{"✓" if r.folded else "kept"}</td><td>{code(r.into)}</td><td style="text-align:left">{escape(r.how or r.why)}</td></tr>' for r in self)
+        code = lambda o: o if o == '–' else f'<code>{escape(o)}</code>'
+        body = ''.join(f'<tr><td>{code(name)}</td><td>{"✓" if r.folded else "kept"}</td><td>{code(into)}</td><td style="text-align:left">{escape(how)}</td></tr>' for r,(name,into,how) in zip(self, self.rows()))
         head = ''.join(f'<th>{h}</th>' for h in ('BatchNorm', 'folded', 'into', 'how, or why it is kept'))
-        return f'<p>{"<br>".join(map(escape, self.totals()))}</p><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+        return f'<p>{"<br>".join(map(escape, self.totals()))}</p>' + (f'<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>' if len(self) else '')
