@@ -5,7 +5,7 @@ from pathlib import Path
 from sphinx.cmd.build import main as sphinx
 
 import results
-from convert import convert, linked, page_name, prose
+from convert import convert, page_name, prose
 from fastcore.nbio import read_nb
 
 docs = Path(__file__).parent
@@ -38,7 +38,7 @@ def pages():
         convert(p, stage/p.parent.relative_to(nbs), images)
     for p in sorted((docs/'pages').glob('*.md')):
         text = re.sub(r'^\{\{ (\w+) \}\}$', lambda m: getattr(results, m[1])(), p.read_text(), flags=re.M)
-        (stage/p.name).write_text(linked(text))
+        (stage/p.name).write_text(prose(text.replace('](../../nbs/', '](')))
     for name in ('CONTRIBUTING', 'CHANGELOG'): (stage/f'{name.lower()}.md').write_text(prose((root/f'{name}.md').read_text()))
     for p in docs.glob('*.svg'): shutil.copy(p, stage)
     (stage/'api.md').write_text(api(modules))
