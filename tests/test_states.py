@@ -646,3 +646,15 @@ def test_a_plan_in_place_changes_nothing():
 def test_only_switches_that_are_on_are_named(switches, without):
     model = net(lambda m, x: m.bn(m.conv(x)) + m.conv.parametrizations.weight.original0.sum(), conv=parametrizations.weight_norm(nn.Conv2d(4, 4, 1)), bn=nn.BatchNorm2d(4))
     with pytest.raises(FoldError, match=without): BN_Folder(**switches).fold(model, x)
+
+def test_plots_draw_on_what_they_are_given():
+    plt, model, bn = pytest.importorskip('matplotlib.pyplot'), chain(), BN_Folder()
+    import fasterai.fold.plots
+    found, ax = compare(model, bn.fold(model, x), x, seconds=0), plt.subplots()[1]
+    assert found.plot(ax)[0] is found.plot(axs=[ax])[0] is ax
+    found = compare(model, model, x, seconds=.01)
+    axs = plt.subplots(2, 1)[1]
+    assert [*found.plot(axs)] == [*axs] and axs[1].get_title() == f'speed-up {found.speedup:.2f}×'
+    with pytest.raises(ValueError, match='`axs`: 2 to draw on, not 1'): found.plot(ax)
+    assert [o.get_text() for o in bn.report.plot(names=None).get_xticklabels()] == ['1', '4']
+    plt.close('all')
