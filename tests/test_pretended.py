@@ -225,12 +225,3 @@ def test_held_where_nobody_looked(holds, use):
     want = run(model, (x,), {})
     BN_Folder().fold(model, inplace=True)
     assert difference(want, run(model, (x,), {})).relative < 1e-12
-
-def test_scripted():
-    class Asks(nn.Module):
-        def __init__(self): super().__init__(); self.conv, self.bn = conv(), bn()
-        def forward(self, x):
-            y = self.conv(x)
-            if torch.jit.is_scripting(): return y
-            return self.bn(y)
-    assert not BN_Folder().plan(randomise(Asks())).folded

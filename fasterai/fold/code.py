@@ -29,7 +29,7 @@ _autocasts = {'is_autocast_enabled', 'is_autocast_cpu_enabled', 'is_autocast_xla
 STATES = {
     'torch': {'is_grad_enabled', 'is_inference_mode_enabled', *_autocasts},
     'torch._C': {'is_grad_enabled', 'is_inference_mode_enabled', '_get_tracing_state', '_is_tracing', '_is_any_autocast_enabled', *_autocasts},
-    'torch.jit': {'is_tracing', 'is_scripting'}, 'torch._jit_internal': {'is_scripting'}, 'torch.jit._trace': {'is_tracing'},
+    'torch.jit': {'is_tracing'}, 'torch.jit._trace': {'is_tracing'},
     'torch.compiler': {'is_compiling', 'is_dynamo_compiling', 'is_exporting'},
     'torch._utils': {'is_compiling'}, 'torch._dynamo': {'is_compiling'}, 'torch._dynamo.external_utils': {'is_compiling'},
     'torch.fx._symbolic_trace': {'is_fx_tracing', 'is_fx_symbolic_tracing'},
