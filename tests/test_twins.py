@@ -730,3 +730,34 @@ def test_a_batchnorm_that_is_looked_at_is_kept_and_the_others_fold(example, inpl
     new = folder.fold(model, *([x] if example else []), inplace=inplace)
     assert norms(new) == ['1.bn', '3.bn'] and folder.report['3.bn'].why == "the model's code looks at it"
     assert torch.allclose(new(x), want, rtol=1e-12)
+
+
+class Frozen(nn.Module):
+    "A BatchNorm that is written out, whose `forward` may use a number of its input"
+    def __init__(self, forward, c=4):
+        super().__init__()
+        self.how, self.eps = forward, 1e-3
+        for n in ('weight', 'bias', 'running_mean', 'running_var'): self.register_buffer(n, torch.rand(c) + .5)
+    def forward(self, x): return self.how(self, x)
+    def affine(self, eps=1.):
+        w = self.weight*(self.running_var + self.eps*eps).rsqrt()
+        return w.view(1, -1, 1, 1), (self.bias - self.running_mean*w).view(1, -1, 1, 1)
+def aspect(x): return x.shape[-1]/x.shape[-2]
+def plainly(x, s, t): return x*s + t
+def of_a_dtype(x, s, t): return x*s.to(x.dtype) + t.to(x.dtype)
+def by_aspect(x, s, t): return x*(s*aspect(x)) + t
+def by_alpha(x, s, t): return torch.add(x*s, t, alpha=aspect(x))
+def by_name(x, s, t): return torch.mul(x, other=s*aspect(x)) + t
+def written(f): return lambda m, x: f(x, *m.affine())
+def by_eps(m, x): return plainly(x, *m.affine(aspect(x)**9))
+def in_the_call(m, x): return F.batch_norm(x, m.running_mean, m.running_var, m.weight, m.bias, False, 0., m.eps*aspect(x)**9)
+frozen = {f.__name__: written(f) for f in (plainly, of_a_dtype, by_aspect, by_alpha, by_name)} | dict(by_eps=by_eps, in_the_call=in_the_call)
+
+
+@pytest.mark.parametrize('example', [False, True])
+@pytest.mark.parametrize('name', frozen)
+def test_a_written_out_batchnorm_with_a_number_of_its_input(name, example):
+    model = randomise(nn.Sequential(conv(), Frozen(frozen[name])))
+    assert BN_Folder().plan(model, *([x] if example else [])).folded == (name in ('plainly', 'of_a_dtype'))
+    new = BN_Folder().fold(model, *([x] if example else []))
+    for given in (x, x[..., :3]): assert torch.allclose(model(given), new(given), rtol=1e-12)

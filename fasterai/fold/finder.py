@@ -8,6 +8,7 @@ __all__ = ['CLAMPS', 'Absorb', 'Finder', 'uses_bias']
 # %% ../../nbs/05_fold.finder.ipynb #c232e95a
 from dataclasses import dataclass
 from math import inf
+from numbers import Real
 
 import torch
 from fastcore.basics import patch
@@ -43,7 +44,7 @@ class Finder:
     "Finds the layers that absorb a BatchNorm, in one flow; `symbolic`: the trace of the same model, if that is a recorded run"
     def __init__(self, flow, symbolic=None):
         symbolic = symbolic or flow
-        self.model,self.flow,self.folded,self.owners = flow.model,flow,set(),{}
+        self.model,self.flow,self.symbolic,self.folded,self.owners = flow.model,flow,symbolic,set(),{}
         # what a module can reach that could not be followed: it calls what is in its place, but what it does with what it holds besides is not known
         reaches = {at: may_reach(flow.modules[at]) for at in {at for ats in symbolic.unknown.values() for at in ats}}
         places = {}
@@ -326,11 +327,17 @@ def label(self:Finder, call, behind):
 
 @patch
 def private(self:Finder, names, calls):
-    "Nobody but `calls` may read the tensors called `names`"
+    "Nobody but `calls` may read the tensors called `names`. A run shows one way: in every other, too, a BatchNorm's are read by what does the same"
     for n in filter(None, names):
         v = self.flow.params[n]
         other = next((r for r in v.readers if r not in calls), None)
         if other or v.outside: raise Stop(f'`{n}` is also read by {self.what(other) if other else v.outside}')
+    if calls[0].op != 'batch_norm': return
+    traced = [(n, r) for n in filter(None, names) for r in self.symbolic.params[n].readers]
+    for n,r in traced:
+        if r.op != 'batch_norm': raise Stop(f'`{n}` is also read by {self.what(r)}, in another way than this run took')
+    eps = {c.args[7] for c in (*calls, *(r for _,r in traced))}
+    if len(eps) > 1 or not isinstance(*eps, Real): raise Stop('it is not always called in the same way')
 
 @patch
 def agree(self:Finder, found):

@@ -44,6 +44,7 @@ class Call:
     inplace:bool=False # Does it write into one of its arguments?
     opaque:bool=False # Is it a module that could not be looked into, and may do anything?
     index:int=0 # Its place in the order of the run
+    sized:bool=False # Is it given a number that may be another for another input, such as a size?
 
     def __post_init__(self): self.inputs = values_in((self.args, self.kwargs))
     @property
@@ -250,7 +251,8 @@ def _written_out(flow, name, entry, own):
     others = [_computed(next((v for v in c.args[:2] if v is not d), None), own) for c,d in ((mul[0], x), (add[0], mul[0].outs[0]))]
     if None in others: return None
     calls = list(dict.fromkeys([mul[0], add[0], *others[0], *others[1]]))
-    return calls if all(r in calls for c in calls if c is not add[0] for o in c.outs for r in o.readers) else None
+    plain = lambda c: not (c.sized or c.inplace and c is not add[0] or c.kwargs and c in (mul[0], add[0]))
+    return calls if all(map(plain, calls)) and all(r in calls for c in calls if c is not add[0] for o in c.outs for r in o.readers) else None
 
 def read_written_out(
     flow:Flow, # Changed: the calls of each module that turns out to be a BatchNorm become one

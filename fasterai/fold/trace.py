@@ -21,7 +21,7 @@ from .code import KINDS_ASKED, reading, variants
 from .flow import Entry, Flow, Value, mapped, naming, read_written_out, tensors_of, under, values_in
 from .held import held_in, uncollected
 from .left import read, shared_by, written
-from .known import METADATA, called_plainly, custom_op, is_plain, known_layer, plain_batchnorm
+from .known import METADATA, called_plainly, custom_op, is_plain, known_layer, plain_batchnorm, type_of
 from .shapes import shape_of
 from .standin import INPLACE, Impossible, Node, Opaque
 from .ways import trace_ways
@@ -117,7 +117,8 @@ class _Graph:
 
     def call(self, op, args, kwargs, stack, inplace=False, parts=0, opaque=False):
         outs = tuple(Value(None if parts or opaque else shape_of(op, args, kwargs)) for _ in range(parts or 1))
-        self.flow.add(op, args, kwargs, list(outs), stack, inplace, opaque)
+        call = self.flow.add(op, args, kwargs, list(outs), stack, inplace, opaque)
+        call.sized = any(type_of(n) not in (torch.dtype, torch.device, torch.layout) for n in values_in((args, kwargs), Node))
         return outs if parts else outs[0]
 
 # %% ../../nbs/05_fold.trace.ipynb #c943161e
