@@ -761,3 +761,25 @@ def test_a_written_out_batchnorm_with_a_number_of_its_input(name, example):
     assert BN_Folder().plan(model, *([x] if example else [])).folded == (name in ('plainly', 'of_a_dtype'))
     new = BN_Folder().fold(model, *([x] if example else []))
     for given in (x, x[..., :3]): assert torch.allclose(model(given), new(given), rtol=1e-12)
+
+
+def for_batches(m, x): return F.conv2d(x, m.weight) if x.shape[0] == 1 else F.conv2d(x, m.weight, m.bias)
+def for_images(m, x): return F.conv2d(x.to(m.weight.dtype)/255, m.weight) if x.dtype == torch.uint8 else F.conv2d(x, m.weight, m.bias)
+def for_batches_if_any(m, x): return F.conv2d(x, m.weight) if m.bias is None else F.conv2d(x, m.weight, m.bias if x.shape[0] > 1 else None)
+def and_more(m, x): return F.conv2d(x, m.weight, m.bias) if m.bias is None else F.conv2d(x, m.weight, m.bias)*2
+def as_told(m, x): return F.conv2d(x, m.weight) if getattr(m, 'one', False) else F.conv2d(x, m.weight, m.bias)
+def padded(m, x): return F.conv2d(F.pad(x, (0, 1, 0, 1)) if x.shape[2] % 2 else x, m.weight, m.bias)
+def telling(m, x):
+    m.conv.one = x.shape[0] == 1
+    return m.bn(m.conv(x))
+
+
+@pytest.mark.parametrize('example', [False, True])
+@pytest.mark.parametrize('forward', [for_batches, for_images, for_batches_if_any, and_more, as_told, padded])
+def test_a_gained_bias_is_used_in_every_way(forward, example):
+    kind = type('Own', (nn.Conv2d,), dict(forward=forward))
+    model = net(telling if forward is as_told else lambda m, x: m.bn(m.conv(x)), conv=kind(4, 4, 2, bias=False), bn=bn())
+    folder = BN_Folder()
+    new = folder.fold(model, *([x] if example else []))
+    assert folder.report.folded == (forward is padded) and (forward is padded or 'may not use the bias' in folder.report['bn'].why)
+    for given in (x, x[:1], (x[:1]*50).abs().to(torch.uint8)) if forward is for_images else (x, x[:1]): assert torch.allclose(model(given), new(given), rtol=1e-12)

@@ -258,7 +258,7 @@ def plain(self:Finder, name, call, gains=False):
     runs = self.runs_of.get(name, [])
     if not gains or 'forward' in vars(m) or not all(r.one or r.given for r in runs): return False
     usual = [()] if any(r.one for r in runs) or not runs else []
-    return all(uses_bias(m, call.op, given) for given in usual + [r.given for r in runs if not r.one])
+    return all(uses_bias(m, call.op, given) for given in usual + [r.given for r in runs if not r.one]) and self.symbolic.takes_bias(name)
 
 # %% ../../nbs/05_fold.finder.ipynb #d950c843
 @patch

@@ -7,6 +7,7 @@ __all__ = ['trace_flow', 'same_outline']
 
 # %% ../../nbs/05_fold.trace.ipynb #acd8da21
 import operator,threading
+from functools import cache
 from operator import itemgetter
 
 import torch
@@ -18,10 +19,11 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from .choices import comes_to, may_choose, may_loop
 from .reach import taken_apart
 from .code import KINDS_ASKED, reading, variants
-from .flow import Entry, Flow, Value, mapped, naming, read_written_out, tensors_of, under, values_in
+from .flow import Entry, Flow, Value, altered, mapped, naming, read_written_out, tensors_of, under, values_in
 from .held import held_in, uncollected
 from .left import read, shared_by, written
 from .known import METADATA, called_plainly, custom_op, is_plain, known_layer, plain_batchnorm, type_of
+from .layers import LAYERS, layer_call
 from .shapes import shape_of
 from .standin import INPLACE, Impossible, Node, Opaque
 from .ways import trace_ways
@@ -228,7 +230,9 @@ def trace_flow(
     with _lock:
         while True:
             flow = _trace_all(model, opaque, refused)
-            if not (more := _left_apart(flow, refused)): return flow
+            if not (more := _left_apart(flow, refused)):
+                flow.takes_bias = cache(lambda name: _takes_bias(flow, name))
+                return flow
             refused |= more
             opaque |= {type(m) for m in more}
 
@@ -297,3 +301,31 @@ def same_outline(
             except (Opaque, Exception) as e: return f"{naming(name)} fails: {getattr(e, 'why', e)}"
             if _outline(now, gone, both, heirs) != _outline(was, gone, both) or outside(now) != outside(was): return f'{naming(name)} computes something else'
     return ''
+
+# %% ../../nbs/05_fold.trace.ipynb #b1a5ed02
+def _layers_in(tracer):
+    "Each operation that is given the weight, without its bias; and that bias, `None` where it takes none"
+    for n in tracer.nodes:
+        if not any(i.op == 'get_attr' and i.target == 'weight' for i in n.inputs): continue
+        op = _op_name(n.target, n.args)[0]
+        yield layer_call(op, n.args, n.kwargs).bias if op in LAYERS else None
+
+def _takes_bias(flow, name):
+    "Does the code of the layer `name` use a bias, if it gains one, wherever it uses its weight?"
+    m = flow.modules[name]
+    if name in flow.failed or not called_plainly(m): return False
+    if any(w.met_by(read(m)) for o in flow.modules.values() if o is not m and any(w := written(o, comes_to(o)))): return False
+    opaque = {type(o) for n,o in m.named_modules() if n and f'{name}.{n}'.removeprefix('.') in flow.failed}
+    def traced(m):
+        names,params = {o: n for n,o in m.named_modules()}, {t: n for n,t in tensors_of(dict(m.named_modules())).items()}
+        for way in variants(m):
+            try: yield trace_ways(m, names, params, opaque, way)
+            except Impossible: continue
+    weight = m._parameters['weight']
+    given = altered(m, _parameters={**m._parameters, 'bias': nn.Parameter(weight.detach().flatten()[:1], False)})
+    try:
+        with _lock: was,now = [*traced(m)], [*traced(given)]
+        biases = [b for t in now for b in _layers_in(t)]
+    except (Opaque, Exception): return False
+    plain = lambda t: (_outline(t, {}, {n for n,_ in m.named_parameters()} | {n for n,_ in m.named_buffers()}), t.read)
+    return [*map(plain, was)] == [*map(plain, now)] and bool(biases) and all(b is not None and b.op == 'get_attr' and b.target == 'bias' for b in biases)
