@@ -783,3 +783,43 @@ def test_a_gained_bias_is_used_in_every_way(forward, example):
     new = folder.fold(model, *([x] if example else []))
     assert folder.report.folded == (forward is padded) and (forward is padded or 'may not use the bias' in folder.report['bn'].why)
     for given in (x, x[:1], (x[:1]*50).abs().to(torch.uint8)) if forward is for_images else (x, x[:1]): assert torch.allclose(model(given), new(given), rtol=1e-12)
+
+
+@torch.library.custom_op('fasterai_twins::fill', mutates_args=('into',))
+def fill(x: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
+    into.fill_(1.)
+    return x.clone()
+def positive(x): return x.sigmoid()*2.
+def out_of_another(m, x):
+    into = m.other(x)
+    y = m.bn(torch.mul(m.first(x), 2., out=into))
+    into.add_(1.)
+    return m.conv(y)
+def by_out(m, x):
+    y = m.bn(a := positive(x))
+    torch.add(x, 1., out=a)
+    return m.conv(y)
+def by_two_names(m, x):
+    y, other = m.bn(a := positive(x)), m.other(x)
+    torch.sort(other, 1, out=(a, torch.empty(0, dtype=torch.long)))
+    return m.conv(y)
+def by_another_library(m, x):
+    y = m.bn(a := positive(x))
+    fill(x, a)
+    return m.conv(y)
+def by_name_alone(m, x):
+    y = m.bn(torch.permute(input=positive(x), dims=(0, 1, 3, 2)))
+    x.mul_(1.)
+    return m.conv(y)
+def into_something_else(m, x):
+    y, other = m.bn(positive(x)), m.other(x)
+    torch.add(x, 1., out=other)
+    return m.conv(y)
+
+
+@pytest.mark.parametrize('example', [False, True])
+@pytest.mark.parametrize('forward', [out_of_another, by_out, by_two_names, by_another_library, by_name_alone, into_something_else])
+def test_what_an_operation_writes_into(forward, example):
+    model = net(forward, first=conv(), other=conv(), bn=bn(), conv=conv(k=1))
+    _, report = fold(model, x.clone(), example=example)
+    assert report.folded == (forward is into_something_else)

@@ -140,8 +140,10 @@ _fresh = {*LAYERS, *NORMS, 'batch_norm', 'cat', 'add', 'sub', 'mul', 'mean'} # t
 @patch
 def origin(self:Finder, v):
     "What made the memory that `v` is in: a call, or a value that came from outside; `None` if that is not known"
-    while isinstance(v, Value) and v.call and (self.bn_of(v.call) in self.folded or v.call.inplace or v.call.op in ORDERS | PARTS): v = v.call.args[0]
-    if not isinstance(v, Value): return None
+    while v.call and (self.bn_of(v.call) in self.folded or v.call.inplace or v.call.op in ORDERS | PARTS):
+        into = v.call.written if v.call.inplace else [a for a in v.call.args[:1] if isinstance(a, Value)]
+        if len(into) != 1: return None
+        v = into[0]
     return v if v.call is None else v.call if v.call.op in _fresh else None
 
 @patch

@@ -50,8 +50,8 @@ class Call:
     @property
     def written(self):
         "The values that it may write into"
-        if self.opaque: return self.inputs
-        return values_in([self.kwargs.get('out', self.args[:1])]) if self.inplace else []
+        if self.opaque or self.inplace and '::' in self.op: return self.inputs # another library's operation: any of them
+        return values_in([self.kwargs['out']] if 'out' in self.kwargs else [self.args[:1], self.kwargs]) if self.inplace else [] # some have two of them, by other names
     @property
     def module(self): return self.stack[-1] if self.stack else ''
 
