@@ -823,3 +823,48 @@ def test_what_an_operation_writes_into(forward, example):
     model = net(forward, first=conv(), other=conv(), bn=bn(), conv=conv(k=1))
     _, report = fold(model, x.clone(), example=example)
     assert report.folded == (forward is into_something_else)
+
+
+@torch.overrides.wrap_torch_function(lambda x: (x,))
+def contiguous(x): return F.relu(x)
+@torch.overrides.wrap_torch_function(lambda x: (x,))
+def size(x): return F.relu(x)
+@torch.overrides.wrap_torch_function(lambda x: (x,))
+def normalised(x): return x.add_(1.)
+def and_writes(m, x):
+    y = m.bn(a := positive(x))
+    normalised(a)
+    return m.conv(y)
+foreign = dict(a_function=lambda m, x: m.bn(contiguous(m.conv(x))), called_as_a_number=lambda m, x: m.bn(size(m.conv(x))), a_method=lambda m, x: m.bn(m.conv(x).interpolate(2)), an_attribute=lambda m, x: m.bn(m.conv(x).mH),
+               after=lambda m, x: m.conv(contiguous(m.bn(positive(x)))), and_writes=and_writes)
+
+
+@pytest.mark.parametrize('example', [False, True])
+@pytest.mark.parametrize('name', foreign)
+def test_what_is_called_like_an_operation(name, example, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, 'interpolate', lambda x, n: F.interpolate(x, scale_factor=n)**2, raising=False)
+    monkeypatch.setattr(torch.Tensor, 'mH', property(lambda x: x.mT.relu()))
+    model = net(foreign[name], conv=conv(k=1), bn=bn())
+    assert not fold(model, x, example=example)[1].folded
+
+
+class Unfollowed(nn.Module):
+    "Holds a layer that is no part of the model"
+    def __init__(self): super().__init__(); self.hidden = [conv(k=1).double()]
+    def forward(self, x): return torch.relu(self.hidden[0](x))
+
+
+@pytest.mark.parametrize('example', [False, True])
+@pytest.mark.parametrize('name', ['interpolate', 'relu', 'cat', 'T', 'mT', 'phi', 'scale', 'batch_norm', 'conv2d', 'zeros_like', 'shape', 'Interpolate'])
+def test_a_module_whose_class_is_called_like_an_operation(name, example):
+    kind = type(name, (Unfollowed,), {})
+    assert not fold(net(lambda m, x: m.bn(m.up(m.conv(x))), conv=conv(), up=kind(), bn=bn()), x, example=example)[1].folded
+    assert not fold(net(lambda m, x: m.conv(m.up(m.bn(positive(x)))), conv=conv(k=1), up=kind(), bn=bn()), x, example=example)[1].folded
+
+
+def test_a_module_that_is_called_like_an_operation():
+    "in its parent: how many axes it gives is not known"
+    class Flat(Unfollowed):
+        def forward(self, x): return self.hidden[0](x).flatten(2)
+    model = net(lambda m, x: m.bn(y) if len(tuple((y := m.last(m.relu(m.conv(x)))).shape[2:])) == 1 else y, conv=conv(), relu=Flat(), last=nn.Conv1d(4, 4, 1), bn=bn1())
+    for example in (False, True): fold(model, x, example=example)

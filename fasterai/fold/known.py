@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['METADATA', 'MODULES', 'PATTERNED', 'TENSORS', 'called_plainly', 'plain_batchnorm', 'settings_of', 'known_layer',
-           'is_number', 'type_of', 'types_of', 'custom_op', 'name_of', 'operations_in', 'rank_of', 'giver', 'is_given',
-           'sizes_of', 'chunks_of', 'length_of', 'is_plain', 'plain_in', 'content_of', 'given_out']
+           'is_number', 'type_of', 'types_of', 'custom_op', 'is_foreign', 'name_of', 'operations_in', 'rank_of',
+           'giver', 'is_given', 'sizes_of', 'chunks_of', 'length_of', 'is_plain', 'plain_in', 'content_of', 'given_out']
 
 # %% ../../nbs/02_fold.known.ipynb #67271e36
-import math,operator,re,sys
+import inspect,math,operator,re,sys
 from dataclasses import is_dataclass
 from enum import Enum
 from numbers import Number
-from types import BuiltinFunctionType
+from types import BuiltinFunctionType, FunctionType
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
-from .held import ATOMS, OWN, is_authors, remembered
+from .held import ATOMS, OWN, is_authors, package_of, remembered
 from .layers import LAYERS
 
 # %% ../../nbs/02_fold.known.ipynb #0df28b9b
@@ -68,7 +68,7 @@ METADATA = {'size', 'dim', 'ndim', 'ndimension', 'shape', 'dtype', 'device', 'nu
 def is_number(node):
     "Does `node` stand for a size, a dtype or what is computed from them? A function of PyTorch's makes a tensor even of numbers"
     f = getattr(node.target, 'stands_for', node.target)
-    asks = f is len or node.op == 'call_method' and f in METADATA or f is getattr and node.args[1] in METADATA
+    asks = f is len or (node.op == 'call_method' or f is getattr) and name_of(node) in METADATA
     makes = node.op == 'call_function' and not isinstance(f, type) and vars(torch).get(getattr(f, '__name__', '')) is node.target
     return bool(asks or node.inputs and all(n.number for n in node.inputs) and not makes)
 
@@ -77,7 +77,7 @@ _whole = {'dim', 'numel', 'nelement', 'ndimension', 'ndim', 'len', '__len__', 'a
 
 def type_of(node):
     "The type of the number, size or dtype that `node` stands for, where the code asks for it; `None` if it is not known"
-    name = node.target if node.op == 'call_method' else node.args[1] if node.target is getattr else getattr(node.target, '__name__', '')
+    name = name_of(node)
     if name in ('shape', 'size') and len(node.args) < 3 and (name == 'shape' or len(node.args) == 1): return torch.Size
     if name == 'getitem' and type(node.args[1]) is slice: return type_of(node.args[0])
     if name == 'size' or name == 'getitem' and type(node.args[1]) is int and type_of(node.args[0]) is torch.Size: return int
@@ -95,10 +95,26 @@ def custom_op(f):
     packet = getattr(f, 'overloadpacket', f)
     return packet if isinstance(packet, OpOverloadPacket) and packet._qualified_op_name.partition('::')[0] not in ('aten', 'prim', 'prims') else None
 
+@remembered
+def _named(at):
+    "The name of a function, or of a method or attribute of a tensor's; and is it foreign, neither PyTorch's nor Python's, nor a trace's own?"
+    f = inspect.getattr_static(Tensor, at, None) if isinstance(at, str) else at
+    f = f.fget if isinstance(f, property) else f
+    packages = {package_of(f), str(f.__module__).split('.')[0]} if isinstance(f, FunctionType) else {package_of(f if isinstance(f, type) else type(f))}
+    name,foreign = at if isinstance(at, str) else getattr(f, '__name__', type(f).__name__), not packages <= {'torch', 'builtins', 'operator', '_operator', 'math', 'fasterai'}
+    return f'{f.__module__}.{name}' if foreign else name, foreign
+
+def _of(node): return _named(node.args[1] if node.target is getattr else getattr(node.target, 'overloadpacket', node.target))
+
+def is_foreign(node):
+    "Was something called, or read, that is not one of PyTorch's operations?"
+    return not custom_op(node.target) and _of(node)[1]
+
 def name_of(node):
-    "The name of what was called"
-    custom = custom_op(node.target)
-    return custom._qualified_op_name if custom else getattr(node.target, '__name__', node.target)
+    "The name of the operation that was called, with its package if it is foreign; '' for what is none"
+    if node.op not in ('call_function', 'call_method'): return ''
+    if custom := custom_op(node.target): return custom._qualified_op_name
+    return _of(node)[0]
 
 MODULES = {'math', 'torch', 'einops'} # whose functions these are
 PATTERNED = {'rearrange', 'reduce', 'repeat', 'einsum'}
@@ -110,7 +126,7 @@ def operations_in(
 )->dict: # By name
     "The functions there which are one operation each, whatever numbers they are given"
     einops = vars(sys.modules['einops.einops']) if 'einops.einops' in sys.modules else {}
-    return {n: f for n,f in (_single | {n: einops[n] for n in PATTERNED if n in einops}).items() if space.get(n) is f}
+    return {n: f for n,f in (_single | {n: einops[n] for n in PATTERNED if n in einops and package_of(einops[n]) == 'einops'}).items() if space.get(n) is f}
 
 # %% ../../nbs/02_fold.known.ipynb #0c7bc8dd
 def _layer(node):

@@ -22,7 +22,7 @@ from .code import KINDS_ASKED, reading, variants
 from .flow import Entry, Flow, Value, altered, mapped, naming, read_written_out, tensors_of, under, values_in
 from .held import held_in, uncollected
 from .left import read, shared_by, written
-from .known import METADATA, called_plainly, custom_op, is_plain, known_layer, plain_batchnorm, type_of
+from .known import METADATA, called_plainly, custom_op, is_foreign, is_plain, known_layer, name_of, plain_batchnorm, type_of
 from .layers import LAYERS, layer_call
 from .shapes import shape_of
 from .standin import INPLACE, Impossible, Node, Opaque
@@ -38,15 +38,18 @@ def _with_statistics(target, args, kwargs):
     given |= {'training' if n == 'use_input_stats' else n: o for n,o in kwargs.items()}
     return tuple(given[n] for n in _aten)
 
-def _op_name(target, args):
+def _op_name(node):
     "What is called, and whether it writes into its argument"
-    if target is getattr: return args[1], False
-    if custom := custom_op(target): return custom._qualified_op_name, False
-    target = getattr(target, 'overloadpacket', target)
-    name = target if isinstance(target, str) else getattr(target, '__name__', type(target).__name__)
+    name = name_of(node)
+    if node.target is getattr or custom_op(node.target): return name, False
     if name in INPLACE: return name[1:], True
     if name == 'setitem' or name.startswith('__i') and name.strip('_') in INPLACE: return name.strip('_').removeprefix('i'), True
     return (name[:-1], True) if name.endswith('_') and not name.startswith('__') else (name, False)
+
+def _class_name(m):
+    "The name of a module's class, which is never one of an operation: those begin with a small letter, or have but one or two"
+    name = type(m).__name__
+    return name if name[:1].isupper() and len(name) > 2 else f'{type(m).__module__}.{name}'
 
 _by_number = {'pad', 'permute', 'transpose', 'swapaxes', 'swapdims', 'movedim', 'moveaxis', 'chunk', 'split', 'tensor_split', 'unbind', 'narrow', 'select', 'roll', 'flip', 'mean', 'sum', 'cat', 'stack', 'unsqueeze', 'squeeze',
               'channel_shuffle', 'pixel_shuffle', 'pixel_unshuffle'} | {f'{kind}_pool{n}d' for kind in ('avg', 'max') for n in (1, 2, 3)}
@@ -85,7 +88,7 @@ class _Graph:
         if node.op == 'output':
             for v in values_in(args): v.outside = f'the caller of {naming(stack[-1])}'
             return node
-        op,inplace = _op_name(node.target, args)
+        op,inplace = _op_name(node)
         given = values_in((args, kwargs))
         if op in METADATA or not given:
             for v in given: v.asked = True
@@ -97,7 +100,7 @@ class _Graph:
         n = max(parts, default=-1)+1 if op in ('chunk', 'split', 'unbind') and len(parts) == len(node.users) else 0
         custom = custom_op(node.target)
         writes = custom and any(getattr(custom, o)._schema.is_mutable for o in custom.overloads())
-        return self.call(op, args, kwargs, stack, inplace or bool(kwargs.get('inplace')) or 'out' in kwargs, n, bool(writes))
+        return self.call(op, args, kwargs, stack, inplace or bool(kwargs.get('inplace')) or 'out' in kwargs, n, bool(writes or is_foreign(node)))
 
     def held(self, m, *names):
         return [None if (t := getattr(m, n)) is None else self.flow.params[name] if (name := self.flow.names.get(t)) else Value() for n in names]
@@ -106,7 +109,7 @@ class _Graph:
         "The one operation of a module that is not looked into"
         m = self.flow.modules[name]
         if not args and [*kwargs] == ['input']: args,kwargs = (kwargs['input'],), {}
-        if len(args) != 1 or kwargs or not isinstance(args[0], Value) or not (plain_batchnorm(m) or known_layer(m)): return self.call(type(m).__name__, args, kwargs, stack, opaque=True)
+        if len(args) != 1 or kwargs or not isinstance(args[0], Value) or not (plain_batchnorm(m) or known_layer(m)): return self.call(_class_name(m), args, kwargs, stack, opaque=True)
         if isinstance(m, _InstanceNorm): return self.call('instance_norm', (*args, *self.held(m, 'weight', 'bias', 'running_mean', 'running_var'), training or not m.track_running_stats, m.momentum, m.eps), {}, stack)
         if type(m) is nn.ReLU: return self.call('relu', args, {}, stack, m.inplace)
         if not isinstance(m, _BatchNorm):
@@ -307,7 +310,7 @@ def _layers_in(tracer):
     "Each operation that is given the weight, without its bias; and that bias, `None` where it takes none"
     for n in tracer.nodes:
         if not any(i.op == 'get_attr' and i.target == 'weight' for i in n.inputs): continue
-        op = _op_name(n.target, n.args)[0]
+        op = _op_name(n)[0]
         yield layer_call(op, n.args, n.kwargs).bias if op in LAYERS else None
 
 def _takes_bias(flow, name):
