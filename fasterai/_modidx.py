@@ -68,6 +68,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fasterai.fold.carry._full': ('fold.carry.html#_full', 'fasterai/fold/carry.py'),
                                      'fasterai.fold.carry._groups': ('fold.carry.html#_groups', 'fasterai/fold/carry.py'),
                                      'fasterai.fold.carry._is_zero': ('fold.carry.html#_is_zero', 'fasterai/fold/carry.py'),
+                                     'fasterai.fold.carry._keeps': ('fold.carry.html#_keeps', 'fasterai/fold/carry.py'),
                                      'fasterai.fold.carry._mean_axes': ('fold.carry.html#_mean_axes', 'fasterai/fold/carry.py'),
                                      'fasterai.fold.carry._mean_down': ('fold.carry.html#_mean_down', 'fasterai/fold/carry.py'),
                                      'fasterai.fold.carry._mean_up': ('fold.carry.html#_mean_up', 'fasterai/fold/carry.py'),

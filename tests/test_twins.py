@@ -868,3 +868,14 @@ def test_a_module_that_is_called_like_an_operation():
         def forward(self, x): return self.hidden[0](x).flatten(2)
     model = net(lambda m, x: m.bn(y) if len(tuple((y := m.last(m.relu(m.conv(x)))).shape[2:])) == 1 else y, conv=conv(), relu=Flat(), last=nn.Conv1d(4, 4, 1), bn=bn1())
     for example in (False, True): fold(model, x, example=example)
+
+
+@pytest.mark.parametrize('forward, calls', [(lambda m, x, o: m.bn(m.conv(x).mean(0, keepdim=o)), [(flat[:4, :, None].expand(4, 4, 4), True), (flat[:4, :, None].expand(4, 4, 4), False)]),
+                                            (lambda m, x, o: m.bn(m.lin(m.conv(x).mean(2)).expand(o.shape)), [(flat[..., None], flat), (flat[:4, :, None], flat[:4])]),
+                                            (lambda m, x, o: m.bn(m.lin(m.conv(x).mean(2)).expand(size=o)), [(flat[..., None], (5, 4)), (flat[:4, :, None], (4, 4))])])
+def test_an_argument_that_is_not_known(forward, calls):
+    "is no `True`, and no single size"
+    model = net(forward, conv=nn.Conv1d(4, 4, 1), lin=lin(), bn=bn1())
+    for example in ((), *calls):
+        new = BN_Folder().fold(model, *example)
+        for given in calls: assert torch.allclose(model(*given), new(*given), rtol=1e-12)

@@ -102,18 +102,21 @@ _unary('pad', _pad, _pad)
 def _mean_axes(call, rank):
     dims = _arg(call, 1, 'dim')
     if dims is None or dims in ((), []) or call.kwargs.get('dtype') is not None: raise Stop('`mean` is taken over everything')
-    return sorted(d % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims])), _arg(call, 2, 'keepdim', False)
+    return sorted(d % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims]))
+
+def _keeps(call):
+    if type(keep := _arg(call, 2, 'keepdim', False)) is not bool: raise TypeError('`keepdim` is computed') # an argument that is not known is no `True`
+    return keep
 
 def _mean_down(call, label):
-    axes,keep = _mean_axes(call, label.dim())
+    axes = _mean_axes(call, label.dim())
     label = _constant(label, axes, 'mean')
-    for d in () if keep else axes[::-1]: label = label.squeeze(d)
+    for d in () if _keeps(call) else axes[::-1]: label = label.squeeze(d)
     return label
 
 def _mean_up(call, label):
-    keep = _arg(call, 2, 'keepdim', False)
-    dims = _arg(call, 1, 'dim')
-    axes,_ = _mean_axes(call, label.dim() if keep else label.dim() + (len(dims) if isinstance(dims, (list, tuple)) else 1))
+    keep,dims = _keeps(call), _arg(call, 1, 'dim')
+    axes = _mean_axes(call, label.dim() if keep else label.dim() + (len(dims) if isinstance(dims, (list, tuple)) else 1))
     for d in () if keep else axes: label = label.unsqueeze(d)
     return _constant(label, axes, 'mean')
 

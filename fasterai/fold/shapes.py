@@ -45,7 +45,7 @@ def _flatten_shape(x, start_dim=0, end_dim=-1):
     return x.shape[:start] + (None if None in merged else prod(merged),) + x.shape[end+1:]
 
 def _expand_shape(x, *sizes):
-    sizes = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
+    sizes = sizes[0] if len(sizes) == 1 and type(sizes[0]) is not int else sizes # which may be a whole shape that is not known: that has no length
     old = (1,)*(len(sizes)-len(x.shape)) + x.shape
     return tuple(n if type(s) is int and s == -1 else s if type(s) is int else None for s,n in zip(sizes, old))
 
@@ -97,15 +97,16 @@ def _usual_shape(op, args, kwargs):
         return None if kwargs or len(args) == 2 and sizes is not args[1] and not isinstance(args[1], int) else _sizes_in(sizes)
     if x.shape is None: return None
     if op == 'squeeze':
-        dims = range(len(x.shape)) if len(args) == 1 else [args[1] % len(x.shape)]
+        dim = args[1] if len(args) > 1 else kwargs.get('dim')
+        dims = range(len(x.shape)) if dim is None else [d % len(x.shape) for d in (dim if isinstance(dim, (tuple, list)) else [dim])]
         return None if any(x.shape[d] is None for d in dims) else tuple(n for d,n in enumerate(x.shape) if d not in dims or n != 1)
     if op == 'mean' and len(args) > 1 and args[1] not in (None, (), []):
         dims = {d % len(x.shape) for d in (args[1] if isinstance(args[1], (tuple, list)) else [args[1]])}
         keep = args[2] if len(args) > 2 else kwargs.get('keepdim', False)
-        return tuple(1 if d in dims else n for d,n in enumerate(x.shape) if keep or d not in dims)
+        return tuple(1 if d in dims else n for d,n in enumerate(x.shape) if keep or d not in dims) if type(keep) is bool else None
     if op == 'clamp' and any(isinstance(o, Value) for o in (*args[1:], *kwargs.values())): return None
     if op in _keep_shape: return x.shape
-    if op == 'expand': return _expand_shape(*args)
+    if op == 'expand': return None if kwargs else _expand_shape(*args)
     if op == 'getitem': return _index_shape(*args)
     if op == 'interpolate': return x.shape[:2] + (None,)*(len(x.shape)-2)
     if op in ORDERS: return tuple(x.shape[d] for d in order(op, args, kwargs, len(x.shape)))
