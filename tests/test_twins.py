@@ -879,3 +879,31 @@ def test_an_argument_that_is_not_known(forward, calls):
     for example in ((), *calls):
         new = BN_Folder().fold(model, *example)
         for given in calls: assert torch.allclose(model(*given), new(*given), rtol=1e-12)
+
+
+class Spread(nn.Module):
+    "A Linear whose bias `F.linear` spreads over its channels"
+    def __init__(self, *shape): super().__init__(); self.weight, self.bias = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(*shape))
+    def forward(self, x): return F.linear(x, self.weight, self.bias)
+def with_one_bias():
+    layer = lin()
+    layer.bias = nn.Parameter(torch.ones(1))
+    return layer
+class OneRow(nn.Module):
+    def __init__(self): super().__init__(); self.weight = nn.Parameter(torch.randn(4))
+    def forward(self, x): return F.linear(x, self.weight)
+class OneWeight(Frozen):
+    def __init__(self): super().__init__(frozen['plainly']); self.weight = torch.ones(1)
+
+
+@pytest.mark.parametrize('make', [lambda: Spread(4), lambda: Spread(1), lambda: Spread(()), lambda: Spread(5, 4), with_one_bias, lambda: nn.Sequential(bn1(), OneRow(), nn.Unflatten(0, (5, 1)), nn.Linear(1, 4))])
+@pytest.mark.parametrize('series', [False, True])
+def test_a_bias_that_is_spread_over_the_channels(make, series):
+    model = randomise(nn.Sequential(make(), bn1(), lin()))
+    folder = BN_Folder(series=series)
+    new = folder.fold(model, flat)
+    assert torch.allclose(model(flat), new(flat), rtol=1e-12) and (make().__class__ is not Spread or folder.report.folded == 1)
+
+
+def test_a_written_out_batchnorm_with_one_weight_for_all_channels():
+    for example in (False, True): assert not fold(nn.Sequential(conv(), OneWeight()).double().eval(), x, example=example)[1].folded

@@ -202,6 +202,10 @@ def parameters(self:Finder, call, weight, bias, name):
         if v.outside: raise Stop(f"{naming(name)}'s {attr} is also read by {v.outside}")
         if len(self.owners[v.name]) > 1:
             raise Stop(f"{naming(name)}'s {attr} is shared with {', '.join(f'`{o}`' for o,_ in self.owners[v.name][1:])}")
+    if call.op in LAYERS:
+        w,groups = self.flow.tensors[weight.name], layer_call(call.op, call.args, call.kwargs).groups
+        if w.dim() != LAYERS[call.op].spatial + 2: raise Stop(f"{naming(name)}'s weight has {w.dim()} axes")
+        if bias is not None and tuple(self.flow.tensors[bias.name].shape) != (out_channels(call.op, w, groups),): raise Stop(f"{naming(name)}'s bias has not one number for each channel")
     if bias is None and not (call.module == name and self.plain(name, call, gains=True)): raise Stop(f'{naming(name)} may not use the bias it would gain')
     return weight.name, bias.name if bias is not None else ''
 

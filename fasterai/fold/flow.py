@@ -263,7 +263,7 @@ def read_written_out(
         m = flow.modules[name]
         if isinstance(m, nn.modules.batchnorm._NormBase) or not hasattr(m, 'running_mean'): continue
         held = [getattr(m, n, None) for n in _stats]
-        if any(not isinstance(t, Tensor) or t not in flow.names or t.dim() != 1 for t in held): continue
+        if any(not isinstance(t, Tensor) or t not in flow.names or t.dim() != 1 or len(t) != len(m.running_mean) for t in held): continue
         own = [flow.params[flow.names[t]] for t in held]
         found = [_written_out(flow, name, e, own) for e in entries]
         shapes = [e.args[0].shape for e in entries if e.args]
