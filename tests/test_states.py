@@ -658,3 +658,36 @@ def test_plots_draw_on_what_they_are_given():
     with pytest.raises(ValueError, match='`axs`: 2 to draw on, not 1'): found.plot(ax)
     assert [o.get_text() for o in bn.report.plot(names=None).get_xticklabels()] == ['1', '4']
     plt.close('all')
+
+
+whole, part = (lambda t: t.detach().view(-1)), (lambda t: t.detach().view(-1)[5:7])
+viewed = dict(a_buffer=lambda m: m.register_buffer('view', whole(m.conv.weight)), a_part=lambda m: m.register_buffer('view', part(m.conv.weight)), an_attribute=lambda m: setattr(m, 'view', part(m.conv.weight)),
+              in_a_list=lambda m: setattr(m, 'views', [part(m.conv.weight)]), of_the_bias=lambda m: setattr(m, 'view', m.conv.bias.detach()[1:]), of_a_statistic=lambda m: setattr(m, 'view', m.bn.running_mean[1:3]),
+              another_parameter=lambda m: setattr(m, 'view', nn.Parameter(part(m.conv.weight))))
+
+
+@examples
+@pytest.mark.parametrize('name', viewed)
+def test_another_tensor_in_the_memory_of_a_weight(name, example):
+    "who writes into it writes into the weight"
+    class Clamps(nn.Module):
+        def __init__(self): super().__init__(); self.conv, self.bn = conv(), nn.BatchNorm2d(4)
+        def forward(self, x):
+            (self.views[0] if hasattr(self, 'views') else self.view).clamp_(-.1, .1)
+            return self.bn(self.conv(x))
+    with torch.no_grad():
+        model = randomise(Clamps())
+        viewed[name](model)
+        folder, twin = BN_Folder(), copy.deepcopy(model)
+        viewed[name](twin) # a copy has a memory of its own for each
+        want = twin(x)
+        new = folder.fold(model, *([x] if example else []), inplace=True)
+        assert not folder.report.folded and (example or 'is shared with `view' in folder.report['bn'].why)
+        assert torch.equal(want, new(x))
+
+
+def test_parameters_side_by_side_in_one_memory():
+    model = chain()
+    flat, at = torch.cat([p.detach().flatten() for p in model.parameters()]), 0
+    for p in model.parameters(): p.data, at = flat[at:at+p.numel()].view_as(p), at + p.numel()
+    assert not norms(fold(model, x)[0])

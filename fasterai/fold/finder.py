@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .bake import computing
 from .carry import CARRIERS, ORDERS, PARTS, Stop, Unknown, cross, nothing
 from .reach import may_reach
-from .flow import Call, Value, altered, mapped, naming, under
+from .flow import Call, Value, altered, in_one_memory, mapped, naming, under
 from .layers import LAYERS, NORMS, absorbs_before, in_channels, layer_call, out_channels
 from .held import is_authors
 from .known import called_plainly, plain_batchnorm
@@ -58,11 +58,9 @@ class Finder:
             return under(n, at) and not any(reaches[at](p[len(at):].removeprefix('.')) for p in own if under(p, at) and p != at)
         self.unknown = {n: at for n,ats in symbolic.unknown.items() for at in reversed(ats) if not inside(n, at)}
         self.unfollowed,self.failed = symbolic.unknown,symbolic.failed # the same, wherever that is; and why
-        memory = {}
         for name,m in self.model.named_modules():
-            for attr,p in m._parameters.items(): # two parameters in one memory have both of their owners
-                if p is not None: memory.setdefault((p.data_ptr(), p.device) if p.numel() and not p.is_meta else id(p), {})[name, attr] = flow.names[p]
-        for held in memory.values(): self.owners |= {n: [*held] for n in held.values()}
+            for p in filter(None.__ne__, m._parameters.values()): self.owners.setdefault(flow.names[p], []).append(name)
+        self.sharing = {flow.names[t]: names for t,names in in_one_memory(self.model).items() if t in flow.names} # names of other tensors in the memory of each
         self.places = places # names of each module
         self.calls_of,self.runs_of,self.children_of = {},flow.runs(),{} # by module: its own calls, its runs, the runs of its children
         self.runs_on = {e.args[0]: e for e in flow.entries if e.one and len(e.args) == 1 and type(self.flow.modules[e.name]) in CLAMPS}
@@ -200,8 +198,7 @@ def parameters(self:Finder, call, weight, bias, name):
         if v is None: continue
         if not isinstance(v, Value) or v.name not in self.owners: raise Stop(f"{naming(name)}'s {attr} is computed{' (see `bake`)' if name in self.flow.modules and attr in computing(self.flow.modules[name]) else ''}")
         if v.outside: raise Stop(f"{naming(name)}'s {attr} is also read by {v.outside}")
-        if len(self.owners[v.name]) > 1:
-            raise Stop(f"{naming(name)}'s {attr} is shared with {', '.join(f'`{o}`' for o,_ in self.owners[v.name][1:])}")
+        if others := [*self.owners[v.name][1:], *self.sharing.get(v.name, ())]: raise Stop(f"{naming(name)}'s {attr} is shared with {', '.join(map(naming, others))}")
     if call.op in LAYERS:
         w,groups = self.flow.tensors[weight.name], layer_call(call.op, call.args, call.kwargs).groups
         if w.dim() != LAYERS[call.op].spatial + 2: raise Stop(f"{naming(name)}'s weight has {w.dim()} axes")
@@ -338,6 +335,7 @@ def private(self:Finder, names, calls):
         v = self.flow.params[n]
         other = next((r for r in v.readers if r not in calls), None)
         if other or v.outside: raise Stop(f'`{n}` is also read by {self.what(other) if other else v.outside}')
+        if n in self.sharing: raise Stop(f'`{n}` is shared with {naming(self.sharing[n][0])}')
     if calls[0].op != 'batch_norm': return
     traced = [(n, r) for n in filter(None, names) for r in self.symbolic.params[n].readers]
     for n,r in traced:

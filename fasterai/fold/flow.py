@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHAPED_LIKE', 'Value', 'Call', 'values_in', 'mapped', 'naming', 'under', 'altered', 'hook_name', 'Entry',
-           'tensors_of', 'Flow', 'read_written_out']
+           'tensors_of', 'Flow', 'in_one_memory', 'read_written_out']
 
 # %% ../../nbs/02_fold.flow.ipynb #bf5c9638
 import inspect
@@ -18,7 +18,7 @@ from torch.nn.modules import module as nn_module
 from torch.nn.utils.rnn import PackedSequence
 
 from .bake import computing
-from .held import ATOMS
+from .held import ATOMS, OWN, held_in
 
 # %% ../../nbs/02_fold.flow.ipynb #efae833b
 @dataclass(eq=False)
@@ -214,6 +214,34 @@ class Flow:
         names = {v: v.name or f'v{i}' for i,v in enumerate(dict.fromkeys(v for c in self.calls for v in [*c.inputs, *c.outs]))}
         line = lambda c: f"{', '.join(names[v] for v in c.outs)} = {c.op}({', '.join(names[v] for v in c.inputs)})  # {c.module or 'model'}"
         return '\n'.join(map(line, self.calls))
+
+# %% ../../nbs/02_fold.flow.ipynb #5a3ed002
+def _bytes(t):
+    "The storage of `t`, and where in it its first byte is, and its last; `None` where it has none of its own"
+    if t.is_meta or t.layout is not torch.strided or not t.numel(): return None
+    try: storage = t.untyped_storage()._cdata
+    except (RuntimeError, NotImplementedError): return None
+    first,last = t.storage_offset(), t.storage_offset() + sum(s*(n-1) for n,s in zip(t.shape, t.stride()))
+    return storage, first*t.element_size(), (last+1)*t.element_size() - 1
+
+def _tensors(model):
+    "Every tensor that a model's modules hold, with a name; several, if it is held in several places"
+    for name,m in model.named_modules():
+        for attr,v in {**vars(m), **m._buffers, **m._parameters}.items():
+            if attr in OWN or type(v) in ATOMS: continue
+            for t in held_in(v, Tensor, but=(Tensor, type, nn.Module)): yield f'{name}.{attr}'.removeprefix('.'), t
+
+def in_one_memory(
+    model:nn.Module,
+)->dict: # By tensor: names of the others that lie in its memory, or in a part of it
+    "The tensors of a model of which one changes with another"
+    by_storage,found = {},{}
+    for name,t in _tensors(model):
+        if at := _bytes(t): by_storage.setdefault(at[0], {}).setdefault(id(t), (name, t, *at[1:]))
+    for held in by_storage.values():
+        for _,t,first,last in held.values() if len(held) > 1 else ():
+            if others := [n for n,o,start,end in held.values() if o is not t and start <= last and first <= end]: found[t] = others
+    return found
 
 # %% ../../nbs/02_fold.flow.ipynb #96028671
 _stats = ('weight', 'bias', 'running_mean', 'running_var')
