@@ -691,3 +691,38 @@ def test_parameters_side_by_side_in_one_memory():
     flat, at = torch.cat([p.detach().flatten() for p in model.parameters()]), 0
     for p in model.parameters(): p.data, at = flat[at:at+p.numel()].view_as(p), at + p.numel()
     assert not norms(fold(model, x)[0])
+
+
+class Gate(nn.Module):
+    "A parametrization that goes by an attribute, a buffer or an object of its own"
+    def __init__(self, log): super().__init__(); self.by, self.log = 1., log; self.register_buffer('t', torch.ones(()))
+    def forward(self, w): return w*self.by*self.t*(1 if len(self.log) < 9 else 2)
+class Counting(Gate):
+    def forward(self, w): self.by += .01; return w*(1 if self.by < 2 else 2)
+class OfGradients(nn.Module):
+    def forward(self, w): return w*(1 if torch.is_grad_enabled() else 2)
+def sets(m, x): m.gate.by = float(len(x))
+def fills(m, x): m.gate.t.mul_(.5)
+def notes(m, x): m.log.append(len(x))
+def nothing(m, x): m.seen = len(x)
+
+
+@examples
+@pytest.mark.parametrize('what, kind', [(sets, Gate), (fills, Gate), (notes, Gate), (nothing, Gate), (nothing, Counting), (nothing, OfGradients)])
+def test_a_computed_weight_that_may_be_another(what, kind, example):
+    class Parametrized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.log = conv(), nn.BatchNorm2d(4), []
+            self.gate = kind(self.log) if issubclass(kind, Gate) else kind()
+            nn.utils.parametrize.register_parametrization(self.conv, 'weight', self.gate)
+        def forward(self, x):
+            y = self.bn(self.conv(x))
+            what(self, x)
+            return y
+    model, folder = randomise(Parametrized()), BN_Folder(bake=True)
+    new, plain = folder.fold(model, *([x] if example else [])), (what, kind) == (nothing, Gate)
+    assert folder.report.folded == plain and bool(folder.report.notes) == (not plain and kind is not OfGradients)
+    if folder.report.notes: assert folder.report.notes[0].startswith('`conv` still computes its weights: ')
+    with torch.set_grad_enabled(kind is OfGradients):
+        for given in (x, x[:1], *[x]*12): assert torch.allclose(model(given), new(given), rtol=1e-12)

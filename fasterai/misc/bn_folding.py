@@ -30,7 +30,7 @@ from ..fold.record import record_flow
 from ..fold.report import Report
 from ..fold.scale import read_norms, read_parameters, read_scales
 from ..fold.sizes import flows_at_other_sizes
-from ..fold.trace import same_outline, trace_flow
+from ..fold.trace import rewritten_computations, same_outline, trace_flow
 from ..fold.verify import Difference, brief, cloned, compare, count_parameters, difference, first_difference, given, run, tensors_in, to_double, tolerance, tolerance_for
 
 # %% ../../nbs/10_misc.bn_folding.ipynb #dc2a18b2
@@ -187,12 +187,14 @@ class BN_Folder:
     def _prepare(self, model, xs, kwargs):
         "Make plain what `model` computes, and let it merge what it can: how to undo that, what it gave before, the BatchNorms that went, and what there is to say"
         want = _on_example(run, model, (xs, kwargs)) if xs or kwargs else None
-        rows,notes = [],[]
+        rows,notes,more_notes = [],[],[]
         advice = f"its code asks how they are computed. The original is as it was: fold it without {' and '.join(f'`{o}`' for o in ('bake', 'reparameterize') if getattr(self, o))}"
         with ExitStack() as undo:
             if self.bake:
                 parts = _parts(model)
-                undo.callback(bake(model))
+                stay = rewritten_computations(model)
+                more_notes = [f'{naming(n)} still computes its weights: {naming(stay[m])} may change what they are computed from' for n,m in model.named_modules() if m in stay]
+                undo.callback(bake(model, stay))
                 _unasked_for(model, parts - _parts(model), advice)
             try:
                 if self.reparameterize and want is None: notes = unasked(model)
@@ -203,7 +205,7 @@ class BN_Folder:
             except Exception as e: raise FoldError(f"the model does not run any more ({type(e).__name__}: {e}) once its weights are plain and its modules merged: {advice}") from e
             if found and found.relative > tolerance_for(want, model):
                 raise FoldError(f"the model's outputs differ by {found.largest:.3g} (relative {found.relative:.2g}) once its weights are plain and its modules merged: {advice}")
-            return undo.pop_all().close, want, rows, notes
+            return undo.pop_all().close, want, rows, [*notes, *more_notes]
 
     def _in_steps(self, model, xs, kwargs, inplace=False, keep=True):
         "Prepare a copy, or `model` itself, fold it, and merge layers until there are none left to merge; put all back unless `keep`"
