@@ -128,6 +128,32 @@ def test_both_answers_of_how_it_is_run_are_heard(asks):
         assert folded(net(lambda m, x: asks(m.bn(m.conv(x))), conv=conv(), bn=bn()), example, [(x,)]).folded == 1 # behind, whatever the answer
 
 
+outside = [conv().double()]
+def by_strides(m, x): return torch.cond(x.is_contiguous(), m.bn, lambda y: y.clone(), (m.conv(outside[0](x.double())),))
+def by_the_name_of_its_dtype(m, x): return m.get_submodule('norm_' + str(x.dtype).split('.')[1])(m.conv(outside[0](x.double())))
+def by_the_largest(m, x): return max((x.is_contiguous(), 0, m.bn), (not x.is_contiguous(), 1, nn.Identity()))[2](m.conv(outside[0](x.double())))
+def by_what_counts(m, x): return m.bn(F.avg_pool2d(m.conv(outside[0](x.double())), 3, 1, 1, count_include_pad=not x.is_floating_point()))
+def by_its_gradient(m, x): return m.bn(F.dropout(m.conv(outside[0](x.double())), .5, x.requires_grad))
+def by_any_gradient(m, x): return m.bn(F.dropout(m.conv(outside[0](x.double())), .5, torch.is_grad_enabled()))
+def normed(bn, y, x):
+    if type(x) is torch.Tensor and x.dtype == torch.float64: return bn(y)
+    return y
+def by_kind_and_dtype(m, x): return normed(m.bn, m.conv(x.double()), x)
+
+@pytest.mark.parametrize('forward', [by_strides, by_the_name_of_its_dtype, by_the_largest, by_what_counts, by_its_gradient, by_any_gradient, by_kind_and_dtype])
+def test_what_cannot_be_followed_goes_by_what_it_asks(forward):
+    model = pair(forward, norm_float64=bn(), norm_float32=nn.Identity(), norm_int64=nn.Identity())
+    for example in ((), (x,)):
+        folder = BN_Folder()
+        new = folder.fold(model, *example)
+        assert not folder.report.folded
+        for given in (x, x.contiguous(memory_format=torch.channels_last), x.float(), (x*9).long(), x.clone().requires_grad_()):
+            torch.manual_seed(0)
+            want = model(given)
+            torch.manual_seed(0)
+            assert difference(want, new(given)).relative < 1e-12
+
+
 def test_the_modes_themselves():
     model = net(lambda m, x: m.bn(by_the_mode(m.conv(x))), conv=conv(), bn=bn())
     with torch.enable_grad(): want = model(x)

@@ -11,7 +11,7 @@ from types import FunctionType, MethodType, ModuleType
 
 from torch import nn
 
-from .code import asks_kinds, functions_of, parameters
+from .code import asks_kinds, functions_of, is_state, parameters
 from .held import behind, instructions, is_record, named_in, package_of, reads_attribute, remembered
 
 
@@ -92,6 +92,7 @@ def may_choose(
     functions,own = functions_of(m), _own_functions(m) if of_kinds else ()
     if of_kinds: functions = [f for f in functions if f in own or not (asks_kinds(f) or package_of(f) == 'functools')]
     codes = [code for f in functions for code in instructions(f)]
+    if any(is_state(o) for f in functions for o in named_in(f)[0].values()): return True # wherever the answer goes
     return any(_chooses(code, at, others) for code in codes for others in [[c for c in codes if c is not code]] for at in range(len(code)))
 
 def may_loop(

@@ -174,8 +174,8 @@ class _Leaks(TorchFunctionMode):
             if leaked: self.recorder.flow.branches.update(self.recorder.stack)
         elif _name(func) in _asks:
             with torch._C.DisableTorchFunction(): self.recorder.value(args[0]).asked = True
-            self.recorder.flow.askers.update(self.recorder.stack[-1:])
         out = func(*args, **(kwargs or {}))
+        if not values_in([out], Tensor) and not _name(func).startswith('__set'): self.recorder.flow.askers.update(self.recorder.stack[-1:])
         cut = func is Tensor.__getitem__ and out.layout is torch.strided and args[0].layout is torch.strided and out.data_ptr() == args[0].data_ptr() and _geometry(out) == _geometry(args[0])
         return _as_cut(*args) if cut else out
 
