@@ -641,6 +641,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fasterai.fold.trace._Graph.read': ('fold.trace.html#_graph.read', 'fasterai/fold/trace.py'),
                                      'fasterai.fold.trace._choosing': ('fold.trace.html#_choosing', 'fasterai/fold/trace.py'),
                                      'fasterai.fold.trace._class_name': ('fold.trace.html#_class_name', 'fasterai/fold/trace.py'),
+                                     'fasterai.fold.trace._is_given': ('fold.trace.html#_is_given', 'fasterai/fold/trace.py'),
+                                     'fasterai.fold.trace._is_size': ('fold.trace.html#_is_size', 'fasterai/fold/trace.py'),
                                      'fasterai.fold.trace._layers_in': ('fold.trace.html#_layers_in', 'fasterai/fold/trace.py'),
                                      'fasterai.fold.trace._left_apart': ('fold.trace.html#_left_apart', 'fasterai/fold/trace.py'),
                                      'fasterai.fold.trace._may_reach': ('fold.trace.html#_may_reach', 'fasterai/fold/trace.py'),

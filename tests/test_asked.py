@@ -154,6 +154,31 @@ def test_what_cannot_be_followed_goes_by_what_it_asks(forward):
             assert difference(want, new(given)).relative < 1e-12
 
 
+def to_its_dtype(m, x): return m.bn(m.conv(x.double()).to(x.dtype).double())
+def to_another(m, x): return m.bn(m.conv(x.double()).type_as(x).double())
+def to_a_named_dtype(m, x): return m.bn(m.conv(x.double()).to(dtype=x.dtype).double())
+def dropped_by_an_argument(m, x, on): return m.bn(F.dropout(m.conv(x.double()), .5, on))
+def dropped_with_a_gradient(m, x): return m.bn(F.dropout(m.conv(x.double()), .5, training=x.requires_grad))
+
+@pytest.mark.parametrize('forward', [to_its_dtype, to_another, to_a_named_dtype, dropped_by_an_argument, dropped_with_a_gradient])
+def test_an_operation_that_does_nothing_on_the_example(forward):
+    more = lambda *on: on if forward is dropped_by_an_argument else ()
+    for example in ((), (x, *more(False))):
+        model, folder = pair(forward), BN_Folder()
+        new = folder.fold(model, *example)
+        for given in ((x, *more(False)), (x, *more(True)), ((x*9).long(), *more(False)), (x.clone().requires_grad_(), *more(False))):
+            torch.manual_seed(0)
+            want = model(*given)
+            torch.manual_seed(0)
+            assert difference(want, new(*given)).relative < 1e-12, folder.report
+
+
+def test_what_is_no_number_may_be_handed_on():
+    def added(m, x, y, on): return m.bn(m.conv(x)).relu() + y
+    assert folded(pair(lambda m, x: m.bn(m.conv(x.to(torch.float64).to(x.device)))), (x,), [(x,)]).folded == 1
+    assert folded(pair(added), (x, x, True), [(x, x, True), (odd, odd, False)]).folded == 1
+
+
 def test_the_modes_themselves():
     model = net(lambda m, x: m.bn(by_the_mode(m.conv(x))), conv=conv(), bn=bn())
     with torch.enable_grad(): want = model(x)

@@ -264,7 +264,7 @@ def in_all_ways(
     runs = {f: _callers(f) for f in (flow, symbolic)}
     more = lambda traced, run: {s for s in traced - run if len(s) > 1 or s[0] not in {r[-1] for r in run}} # one that was traced by itself says nothing of its caller
     by_more = {e.name for e in flow.entries if not all(isinstance(o, Value) for o in tree_leaves(e.given))} # a number, a name, or anything else that another call may give as another
-    undecided = flow.branches | symbolic.undecided | ((flow.askers | by_more) & symbolic.failed.keys())
+    undecided = flow.branches | symbolic.undecided | ((flow.askers | by_more) & symbolic.failed.keys()) | (by_more & symbolic.askers)
     unfollowed = symbolic.unknown.keys() | {''}
     odd = {c.module for c in symbolic.calls if c.op == 'batch_norm' and c.args[5] is not False}
     def of(name):

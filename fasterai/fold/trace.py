@@ -62,10 +62,20 @@ def _numbers(op, args, kwargs):
     rest = [*args[1:], *kwargs.values()]
     return (rest, rest) if op in _by_number else (rest, []) if op in _by_size or op.startswith('einops.') else ([], [])
 
+def _is_given(v): return v.call is None and not v.name
+
+_sizes = METADATA - {'dtype', 'layout', 'stride', 'is_contiguous', 'requires_grad', 'is_leaf', 'grad_fn', 'is_floating_point', 'is_complex', 'is_cuda', 'is_meta', 'element_size'}
+
+def _is_size(node):
+    "Is a number made of sizes alone, or a device, which changes no number?"
+    asked = node.args[1] if node.target is getattr else node.target
+    return getattr(asked, 'stands_for', asked) in (*_sizes, len) or bool(node.inputs) and all(n.number and _is_size(n) for n in node.inputs)
+
 def _varies(op, args, kwargs):
-    "Does the operation do something else with another argument or size? What a run did shows one of them"
+    "Does the operation do something else with another argument, size or dtype? What a run did shows one of them"
     numbers,fixed = _numbers(op, args, kwargs)
-    return op == '__call__' or bool(values_in(fixed, Node)) or any(v.call is None and not v.name for v in values_in(numbers))
+    asked = op in ('to', 'type_as') and values_in((args[1:], kwargs)) or not all(map(_is_size, values_in((args, kwargs), Node)))
+    return op == '__call__' or bool(asked or values_in(fixed, Node)) or any(map(_is_given, values_in(numbers)))
 
 # %% ../../nbs/05_fold.trace.ipynb #ee4eec62
 class _Graph:
@@ -96,6 +106,7 @@ class _Graph:
             return node if node.number or op in METADATA else Value()
         if op == 'getitem' and isinstance(args[0], (tuple, list)) and type(args[1]) in (int, slice): return args[0][args[1]]
         if _varies(op, args, kwargs): self.flow.branches.add(stack[-1])
+        if any(map(_is_given, values_in((args[1:], kwargs)))): self.flow.askers.add(stack[-1])
         if op in ('batch_norm', 'instance_norm'): args,kwargs = _with_statistics(node.target, args, kwargs), {}
         parts = [u.args[1] for u in node.users if u.op == 'call_function' and u.target is operator.getitem and isinstance(u.args[1], int)]
         n = max(parts, default=-1)+1 if op in ('chunk', 'split', 'unbind') and len(parts) == len(node.users) else 0
