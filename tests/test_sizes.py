@@ -1,5 +1,5 @@
 "Sizes that agree on the example by chance, and not on another call: each was once folded, wrongly. Beside each what stays the same at every size, and folds."
-import operator
+import math, operator
 
 import pytest, torch
 import torch.nn.functional as F
@@ -57,11 +57,27 @@ def by_numel(m, x):
     y = F.avg_pool2d(m.conv(x), 4)
     n, c, h, w = y.shape
     return m.bn(y.reshape(w, h*w, y.numel()//c//n, -1))
+def tiles(m, x):
+    y = m.conv(x)
+    n, c, h, w = y.shape
+    k = -(-w//256)
+    return m.bn(y.reshape(n*k, c, h, w//k))
+def rounded_tiles(m, x):
+    y = m.conv(x)
+    n, c, h, w = y.shape
+    k = math.ceil(w/256)
+    return m.bn(y.view(n*k, y.size(1), h, -1))
+def batches(m, x):
+    y = m.conv(x)
+    n, c, h, w = y.shape
+    k = (n + 63)//64
+    return m.bn(y.reshape(n//k, c, h*k, w))
 
 @pytest.mark.parametrize('forward, sizes', [
     (one_place, [(2, 4, 8, 8), (2, 4, 16, 16)]), (columns, [(2, 4, 8, 8), (2, 4, 16, 16)]), (tokens, [(2, 1, 4), (2, 5, 4)]), (squeezed, [(2, 4, 4), (1, 4, 4)]),
     (batch_and_length, [(2, 2, 4), (2, 3, 4)]), (batch_and_width, [(4, 4, 8, 4), (4, 4, 8, 6)]), (width_first, [(4, 4, 8, 4), (4, 4, 8, 6)]), (square, [(2, 4, 8, 8), (2, 4, 16, 4)]),
-    (squeezed_first, [(2, 4, 8), (1, 4, 4)]), (square_of_tokens, [(1, 64, 4), (2, 2, 4)]), (all_ones, [(1, 4, 1), (2, 4, 4)]), (only_if_square, [(1, 4, 4, 4), (1, 4, 8, 8)]), (by_numel, [(2, 4, 8, 8), (4, 4, 8, 8)])], ids=lambda o: getattr(o, '__name__', ''))
+    (squeezed_first, [(2, 4, 8), (1, 4, 4)]), (square_of_tokens, [(1, 64, 4), (2, 2, 4)]), (all_ones, [(1, 4, 1), (2, 4, 4)]), (only_if_square, [(1, 4, 4, 4), (1, 4, 8, 8)]), (by_numel, [(2, 4, 8, 8), (4, 4, 8, 8)]),
+    (tiles, [(1, 4, 4, 4), (1, 4, 4, 512)]), (rounded_tiles, [(1, 4, 4, 4), (1, 4, 4, 512)]), (batches, [(1, 4, 4, 4), (128, 4, 4, 4)])], ids=lambda o: getattr(o, '__name__', ''))
 def test_sizes_that_agree_by_chance(forward, sizes):
     calls = [(images(*s),) for s in sizes]
     for example in ((), *calls):
@@ -81,12 +97,15 @@ def shuffled(m, x):
     y = m.bn(m.conv(x))
     n, c, h, w = y.shape
     return m.fc(y.view(n, 2, c//2, h, w).transpose(1, 2).reshape(n, c, h, w).mean((2, 3)))
+def of_half_its_channels(m, x):
+    y = m.conv(x)
+    return m.bn1(y.reshape(len(y), 2, y.shape[1]//2, -1).flatten(1, 2))
 def squeezed_place(m, x): return m.bn1(F.adaptive_avg_pool2d(m.conv(x), 1).squeeze(-1).squeeze(-1))
 def heads(m, x):
     n, l, c = x.shape
     return m.bn1(m.fc(x).reshape(n, l, 2, c//2).permute(0, 2, 3, 1).flatten(1, 2))
 
-@pytest.mark.parametrize('forward, sizes', [(flat, [(2, 4, 8, 8), (3, 4, 9, 7)]), (back, [(4, 4, 4), (3, 5, 4)]), (shuffled, [(4, 4, 4, 4), (1, 4, 5, 7)]), (squeezed_place, [(4, 4, 4, 4), (2, 4, 5, 5)]), (heads, [(2, 4, 4), (3, 5, 4)])],
+@pytest.mark.parametrize('forward, sizes', [(flat, [(2, 4, 8, 8), (3, 4, 9, 7)]), (back, [(4, 4, 4), (3, 5, 4)]), (shuffled, [(4, 4, 4, 4), (1, 4, 5, 7)]), (squeezed_place, [(4, 4, 4, 4), (2, 4, 5, 5)]), (of_half_its_channels, [(2, 4, 8, 8), (3, 4, 9, 7)]), (heads, [(2, 4, 4), (3, 5, 4)])],
                          ids=lambda o: getattr(o, '__name__', ''))
 def test_what_is_the_same_at_every_size_folds(forward, sizes):
     "also where sizes agree on the example"

@@ -78,6 +78,11 @@ def _varies(op, args, kwargs):
     return op == '__call__' or bool(asked or values_in(fixed, Node)) or any(map(_is_given, values_in(numbers)))
 
 # %% ../../nbs/05_fold.trace.ipynb #ee4eec62
+def _factors(o):
+    "What is multiplied in sizes"
+    if isinstance(o, (tuple, list)): return [f for n in o for f in _factors(n)]
+    return [o, *_factors(o.args)] if isinstance(o, Node) and name_of(o) == 'mul' else [o]
+
 class _Graph:
     "Adds the calls of one graph to a flow"
     def __init__(self, flow, tracer):
@@ -105,7 +110,7 @@ class _Graph:
             for v in given: v.asked = True
             return node if node.number or op in METADATA else Value()
         if op == 'getitem' and isinstance(args[0], (tuple, list)) and type(args[1]) in (int, slice): return args[0][args[1]]
-        if _varies(op, args, kwargs): self.flow.branches.add(stack[-1])
+        if _varies(op, args, kwargs) or self.in_steps(_numbers(op, args, kwargs)[0]): self.flow.branches.add(stack[-1])
         if any(map(_is_given, values_in((args[1:], kwargs)))): self.flow.askers.add(stack[-1])
         if op in ('batch_norm', 'instance_norm'): args,kwargs = _with_statistics(node.target, args, kwargs), {}
         parts = [u.args[1] for u in node.users if u.op == 'call_function' and u.target is operator.getitem and isinstance(u.args[1], int)]
@@ -113,6 +118,23 @@ class _Graph:
         custom = custom_op(node.target)
         writes = custom and any(getattr(custom, o)._schema.is_mutable for o in custom.overloads())
         return self.call(op, args, kwargs, stack, inplace or bool(kwargs.get('inplace')) or 'out' in kwargs, n, bool(writes or is_foreign(node)))
+
+    def is_known(self, node):
+        "Is a number made of sizes that are the same for every input?"
+        asked = node.args[0] if name_of(node) == 'getitem' else node
+        if asked.inputs and not asked.inputs[0].number and type(node.args[-1]) is int:
+            shape = getattr(self.of[asked.inputs[0]], 'shape', None)
+            return shape is not None and -len(shape) <= node.args[-1] < len(shape) and shape[node.args[-1]] is not None
+        return bool(node.inputs) and all(n.number and self.is_known(n) for n in node.inputs)
+
+    def in_steps(self, numbers):
+        "Is one of the numbers made of sizes by more than sums and products? By a division or a rounding it may be another beyond all the sizes that are tried. One by which is multiplied beside it leaves no rest"
+        factors = _factors(numbers)
+        def steps(node):
+            if not all(n.number for n in node.inputs) or self.is_known(node): return False
+            smooth = name_of(node) in ('getitem', 'add', 'sub', 'mul', 'neg') or name_of(node) == 'floordiv' and -1 not in factors and node.args[1] in factors
+            return not smooth or any(map(steps, node.inputs))
+        return any(map(steps, values_in(numbers, Node)))
 
     def held(self, m, *names):
         return [None if (t := getattr(m, n)) is None else self.flow.params[name] if (name := self.flow.names.get(t)) else Value() for n in names]
