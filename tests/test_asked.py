@@ -7,7 +7,7 @@ from torch import is_grad_enabled as trained, nn
 from torch.nn.functional import avg_pool2d
 
 from fasterai.fold.verify import difference, run
-from fasterai.misc.bn_folding import BN_Folder
+from fasterai.misc.bn_folding import BN_Folder, FoldError, _Fold
 from helpers import fold, net, randomise
 from test_ways import bn, conv, folded, odd, pair, same, x
 
@@ -467,3 +467,14 @@ def test_a_child_by_a_name_that_is_given(one):
         folder = BN_Folder()
         new = folder.fold(model, *example)
         for kw in ({}, dict(name='a')): assert difference(run(model, (x,), kw), run(new, (x,), kw)).relative < 1e-12
+
+
+def test_a_sort_excuses_only_what_comes_of_it():
+    def both(m, x):
+        y = m.conv(x)
+        return (z := m.bn(y) + y.relu()), z.flatten(1).argsort(1)
+    class Wrong(_Fold):
+        def plan(self): return _Fold(pair(lambda m, x: m.bn(m.conv(x))), (x,), {}).plan()
+    for forward in (both, lambda m, x: both(m, x)[::-1]):
+        with pytest.raises(FoldError, match='This is a bug of the folder'): Wrong(pair(forward), (x,), {}).run(False)
+    assert Wrong(pair(lambda m, x: both(m, x)[1]), (x,), {}).run(False)[0] # it may be all that the numbers are nearly equal
