@@ -1,10 +1,12 @@
 "What a `forward` may go by besides its input: chance, how it is run, who calls it, and at what size."
 import functools, os, random, threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 from torch import is_grad_enabled as trained, nn
 from torch.nn.functional import avg_pool2d
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from fasterai.fold.verify import difference, run
 from fasterai.misc.bn_folding import BN_Folder, FoldError, _Fold
@@ -152,6 +154,38 @@ def test_what_cannot_be_followed_goes_by_what_it_asks(forward):
             want = model(given)
             torch.manual_seed(0)
             assert difference(want, new(given)).relative < 1e-12
+
+
+pool, grid = ThreadPoolExecutor(1), np.linspace(0, 1, 4)[:, None, None]
+def by_a_thread(f, y):
+    out = []
+    thread = threading.Thread(target=lambda: out.append(f(y)))
+    thread.start()
+    thread.join()
+    return out[0]
+def by_writing(m, y):
+    out = torch.zeros_like(y)
+    pool.submit(lambda: out.add_((y - 5).relu())).result()
+    return out
+@functools.lru_cache
+def ramp(n): return torch.linspace(0, 1, n, dtype=torch.float64)
+out_of_sight = dict(
+    executor=lambda m, y: pool.submit(lambda: (y - 5).relu()).result(), mapped=lambda m, y: [*pool.map(lambda y: (y - 5).relu(), [y])][0],
+    thread=lambda m, y: by_a_thread(lambda y: (y - 5).relu(), y), capsule=lambda m, y: (from_dlpack(to_dlpack(y.detach())) - 5).relu(),
+    number=lambda m, y: pool.submit(lambda: float((y - 5).relu().amax())).result(), written=by_writing)
+in_sight = dict(numpy=lambda m, y: torch.from_numpy(grid), numbers=lambda m, y: torch.tensor([1., 2, 3, 4]).double()[:, None, None], remembered=lambda m, y: ramp(8), held=lambda m, y: m.seen[0])
+
+@pytest.mark.parametrize('name', [*out_of_sight, *in_sight])
+def test_what_a_run_does_not_show(name):
+    made = (out_of_sight | in_sight)[name]
+    def forward(m, x): return m.bn(y := m.conv(outside[0](x))) + made(m, y)
+    ramp(8)
+    for example in ((), (x,)):
+        model, folder = pair(forward), BN_Folder()
+        model.seen = [torch.ones(4, 1, 1, dtype=torch.float64)]
+        new = folder.fold(model, *example)
+        same(model, new, [(x,), (-x*20,)])
+        if example: assert folder.report.folded == (name in in_sight), folder.report
 
 
 def to_its_dtype(m, x): return m.bn(m.conv(x.double()).to(x.dtype).double())

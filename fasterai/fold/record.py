@@ -6,7 +6,7 @@
 __all__ = ['tensors_in', 'record_flow']
 
 # %% ../../nbs/04_fold.record.ipynb #7cf6eab1
-import inspect,sys,threading
+import gc,inspect,sys,threading
 from contextlib import ExitStack, contextmanager
 from itertools import product
 
@@ -41,6 +41,11 @@ class _Memory:
             self.storages[storage._cdata] = StorageWeakRef(storage), *held
         return held
 
+    def knows(self, t):
+        "Is the storage of `t` one of those that were met, and not a new one in its place?"
+        known = self.storages.get(t.untyped_storage()._cdata)
+        return known is not None and not known[0].expired()
+
     def at(self, t):
         "The values in `t`'s storage, by geometry"
         return self.held(t)[0]
@@ -67,8 +72,9 @@ def _is_whole(x, dim=0, start=None, end=None, step=1): return not start and (end
 
 class _Recorder(TorchDispatchMode):
     "Writes every operation into a flow"
-    def __init__(self, model, known):
+    def __init__(self, model, known, there):
         super().__init__()
+        self.there,self.strange = there,False # the storages that were there before the run, where that is known; was there one that it has not made?
         self.flow,self.memory,self.known,self.stack,self.saved = Flow(model),_Memory(),known,[],{}
         self.thread,self.names = threading.get_ident(),{m: n for n,m in model.named_modules()}
         for t,n in self.flow.names.items():
@@ -78,12 +84,19 @@ class _Recorder(TorchDispatchMode):
     def value(self, t):
         "The value that `t` holds"
         if t.layout is not torch.strided: return Value(tuple(t.shape), dtype=t.dtype)
+        if not self.memory.knows(t): self.meet(t)
         (values,left),geometry = self.memory.held(t),_geometry(t)
         if geometry not in values:
             new = Value(tuple(t.shape), dtype=t.dtype)
             if values: self.flow.add('hidden_view', ([*left, *values.values()],), {}, [new], tuple(self.stack)) # a view that nobody announced, or of what was written into
             values[geometry] = new
         return values[geometry]
+
+    def meet(self, t):
+        "A tensor that this run has not made, if it was not there before, was made out of sight, of anything that was computed so far"
+        self.strange = True
+        if self.there is None or t.untyped_storage()._cdata in self.there: return
+        for v in {v for c in self.flow.calls for v in (*c.inputs, *c.outs) if not v.name}: v.outside = v.outside or 'what a run does not show'
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         with torch._C.DisableTorchFunction(): return self.note(func, args, kwargs or {}) # what we ask a tensor is no leak
@@ -92,6 +105,7 @@ class _Recorder(TorchDispatchMode):
         "Do an operation, and write it down"
         custom = custom_op(func)
         op = custom._qualified_op_name if custom else func.overloadpacket.__name__
+        if op == 'lift_fresh': self.memory.held(args[0]) # a constant
         if op.removesuffix('_') not in self.known:
             done = len(self.flow.calls)
             with self: out = func.decompose(*args, **kwargs)
@@ -233,18 +247,31 @@ def record_flow(
     args:tuple, # What its `forward` takes
     kwargs:dict,
     known:frozenset=frozenset(), # Operations to keep whole; others are decomposed where they can be
+    there:set|None=None, # The storages of all tensors, where a first run met one that it had not made
 )->tuple[Flow,object]: # The flow of this run, and what the model returned
     "Run `model` once and write down what happens"
-    recorder = _Recorder(model, known)
+    recorder = _Recorder(model, known, there)
+    for t in tensors_in((args, kwargs)): recorder.value(t)
+    recorder.strange = False
     with ExitStack() as ctx:
         collect = ctx.enter_context(young_garbage())
         for c in (untouched(model, named_by(model)), same_random_state(), torch.no_grad(), _entries(recorder)): ctx.enter_context(c)
         ctx.callback(recorder.restore)
         with torch._C._AutoDispatchBelowAutograd(), _Leaks(recorder), recorder: out = model(*args, **kwargs)
         _note_alive(recorder, out, collect)
+    if recorder.strange and there is None: return record_flow(model, args, kwargs, known, _all_storages() - recorder.made)
     read_written_out(recorder.flow)
     recorder.flow.note_hooks()
     return recorder.flow, out
+
+def _all_storages():
+    "Of every tensor that Python knows"
+    found = set()
+    for t in gc.get_objects():
+        if not issubclass(type(t), Tensor): continue
+        try: found.add(t.untyped_storage()._cdata)
+        except Exception: pass # it has no memory of its own
+    return found
 
 def _note_alive(recorder, out, collect):
     "A value that is still alive when the run is over has a reader outside"

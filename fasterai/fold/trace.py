@@ -19,7 +19,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from .bake import computers, computing
 from .choices import comes_to, may_choose, may_loop
 from .reach import taken_apart
-from .code import KINDS_ASKED, reading, variants
+from .code import KINDS_ASKED, reading, runs_apart, variants
 from .flow import Entry, Flow, Value, altered, mapped, naming, read_written_out, tensors_of, under, values_in
 from .held import held_in, uncollected
 from .left import read, shared_by, written
@@ -295,6 +295,7 @@ def _trace_all(model, opaque, refused):
                 flow.traces.append((name, set(opaque), tracer))
                 _Graph(flow, tracer)
     flow.branches |= _choosing([tracer for *_,tracer in flow.traces], {n for n,m in flow.modules.items() if type(m).forward is nn.Sequential.forward})
+    flow.undecided |= {names[m] for m in names if runs_apart(m)}
     for m in names:
         if m._forward_hooks or m._forward_pre_hooks: # a hook is given its module, and may use what is in it, and what it holds itself
             _may_reach(flow, m, names, but=m if not m._modules else None)
