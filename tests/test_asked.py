@@ -140,11 +140,12 @@ def by_any_gradient(m, x): return m.bn(F.dropout(m.conv(outside[0](x.double())),
 def normed(bn, y, x):
     if type(x) is torch.Tensor and x.dtype == torch.float64: return bn(y)
     return y
+def by_its_child(m, x): return m.bn(F.dropout(m.conv(outside[0](x.double())), .5, m.asks(x)))
 def by_kind_and_dtype(m, x): return normed(m.bn, m.conv(x.double()), x)
 
-@pytest.mark.parametrize('forward', [by_strides, by_the_name_of_its_dtype, by_the_largest, by_what_counts, by_its_gradient, by_any_gradient, by_kind_and_dtype])
+@pytest.mark.parametrize('forward', [by_strides, by_the_name_of_its_dtype, by_the_largest, by_what_counts, by_its_gradient, by_any_gradient, by_its_child, by_kind_and_dtype])
 def test_what_cannot_be_followed_goes_by_what_it_asks(forward):
-    model = pair(forward, norm_float64=bn(), norm_float32=nn.Identity(), norm_int64=nn.Identity())
+    model = pair(forward, norm_float64=bn(), norm_float32=nn.Identity(), norm_int64=nn.Identity(), asks=net(lambda m, x: not x.is_floating_point()))
     for example in ((), (x,)):
         folder = BN_Folder()
         new = folder.fold(model, *example)

@@ -17,6 +17,7 @@ from torch.nn.modules import module as nn_module
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .carry import BY_SIZE, SAME
 from .known import custom_op
@@ -217,6 +218,7 @@ def _entries(recorder):
         while open_[-1].name != names[m]: open_.pop(); stack.pop() # modules whose exception the model itself caught
         stack.pop()
         entry = open_.pop()
+        if entry.name in flow.askers and not all(isinstance(o, Tensor) for o in tree_leaves(out)): flow.askers.update(stack[-1:]) # it may give the answer
         with torch._C.DisableTorchFunction():
             if kwargs: entry.given = entry.given[0], recorder.values(kwargs[0])
             entry.args += values_in(entry.given[1])
