@@ -218,7 +218,7 @@ class Flow:
 # %% ../../nbs/02_fold.flow.ipynb #5a3ed002
 def _bytes(t):
     "The storage of `t`, and where in it its first byte is, and its last; `None` where it has none of its own"
-    if t.is_meta or t.layout is not torch.strided or not t.numel(): return None
+    if t.is_meta or t.is_nested or t.layout is not torch.strided or not t.numel(): return None
     try: storage = t.untyped_storage()._cdata
     except (RuntimeError, NotImplementedError): return None
     first,last = t.storage_offset(), t.storage_offset() + sum(s*(n-1) for n,s in zip(t.shape, t.stride()))
