@@ -18,7 +18,8 @@ from fastcore.imports import in_notebook
 from torch import Tensor, nn
 
 from .verify import Difference, aligned, difference, distances, tensors_in
-from ..misc.bn_folding import BN_Folder, loader
+from .inputs import loader
+from ..misc.bn_folding import BN_Folder
 
 # %% ../../nbs/20_fold.learner.ipynb #1b454ac1
 def _copied(cb, model, new):

@@ -11,6 +11,7 @@ import fasterai.fold.plots # Report.plot, Comparison.plot
 from ..fold.learner import Check, check # and Learner.fold_bn
 from ..fold.report import Report
 from ..fold.verify import Comparison, Difference, compare, count_parameters
-from .bn_folding import BN_Folder, FoldError, learner_example
+from ..fold.inputs import learner_example
+from .bn_folding import BN_Folder, FoldError
 
 _all_ = ['BN_Folder', 'FoldError', 'Report', 'Check', 'check', 'Comparison', 'Difference', 'compare', 'count_parameters', 'learner_example']
