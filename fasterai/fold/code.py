@@ -54,6 +54,8 @@ def _catches(code):
     "Is there an `except` in `code`?"
     ops = [i.opname for i in code]
     typed = any(o.startswith(('CHECK_E', 'JUMP_IF_NOT_EXC')) and code[at-1].argval not in _structural for at,o in enumerate(ops))
+    ends = [next((o for o in ops[at:] if o.startswith(('RETURN_', 'JUMP_BACK', 'RERAISE', 'CHECK_', 'WITH_'))), '') for at,o in enumerate(ops) if o == 'PUSH_EXC_INFO']
+    if any(o.startswith(('RETURN_', 'JUMP_BACK')) for o in ends): return True # a `finally` that goes on
     bare = ['PUSH_EXC_INFO', 'POP_TOP'] if sys.version_info >= (3, 11) else ['POP_TOP']*3
     return typed or any(ops[at:at+len(bare)] == bare and ops[at-1] not in ('JUMP_IF_NOT_EXC_MATCH', 'RERAISE') for at in range(1, len(ops)))
 
@@ -70,7 +72,7 @@ def _of_autocast(f, held):
     "Is it nothing but the state of autocast that a function uses? (timm's ask for it as one version of PyTorch after another has it)"
     of = lambda n, o: o is torch or 'autocast' in n or isinstance(o, type) and issubclass(o, Exception)
     named = {n for c in codes_in(f.__code__) for n in c.co_names}
-    computes = any(i.opname.startswith(('BINARY_', 'COMPARE_', 'CONTAINS_')) for code in instructions(f) for i in code)
+    computes = any(i.opname.startswith('BINARY_') or i.opname.startswith(('COMPARE_', 'CONTAINS_')) and before.opname != 'LOAD_CONST' for code in instructions(f) for before,i in zip(code, code[1:]))
     return torch in held.values() and not computes and all(of(n, held.get(n)) for n in (*held, *named))
 
 # %% ../../nbs/02_fold.code.ipynb #72bb9b0f
@@ -95,7 +97,7 @@ def _answered(f, code, held):
 # %% ../../nbs/02_fold.code.ipynb #083b84dd
 _asked = {'is_', 'is_not', 'getrefcount', 'is_tensor_like', 'has_torch_function', 'has_torch_function_unary', 'has_torch_function_variadic', 'grad_fn', 'needs_input_grad'} # as attributes
 _named = [getattr(space, n) for space in (sys, torch, torch.overrides) for n in _asked & {*dir(space)}]
-_answers = {type, callable, id, vars, globals, locals, eval, exec, operator.is_, operator.is_not, *_named} # see through a stand-in, or tell what a trace does not share with a run
+_answers = {type, callable, id, vars, dir, globals, locals, eval, exec, operator.is_, operator.is_not, *_named} # see through a stand-in, or tell what a trace does not share with a run
 _isinstance = isinstance # a trace puts another in its place
 KINDS_ASKED = 'it asks `type`', 'it asks `callable`' # the same for every tensor
 
@@ -135,6 +137,7 @@ def _asks_at(f, code, at, held):
     if _telling_attribute(code, at, held): return f'it asks `{i.argval}`'
     if i.opname == 'LOAD_CONST' and i.argval in ('node', 'tracer') and any(o is hasattr or o is getattr for o in held.values()): return f'it asks `{i.argval}`' # which a stand-in has, and no size
     o = held.get(i.argval) if i.opname.startswith(('LOAD_GLOBAL', 'LOAD_DEREF')) else None
+    if any(o is f for f in (setattr, delattr)) and any(isinstance(v, ModuleType) and package_of(v) not in LIBRARIES for v in held.values()): return 'it keeps what it computed'
     if o is _isinstance and i.argval != 'isinstance': return 'it asks `isinstance` by another name'
     return f'it asks `{o.__name__}`' if _is_answer(o) or i.opname != 'LOAD_GLOBAL' and is_state(o) else ''
 

@@ -16,7 +16,7 @@ from collections import ChainMap, UserDict, UserList, deque
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from threading import local
-from types import CellType, CodeType, FrameType, FunctionType, MappingProxyType, MemberDescriptorType, MethodType, ModuleType, SimpleNamespace
+from types import CellType, BuiltinMethodType, CodeType, FrameType, FunctionType, MappingProxyType, MemberDescriptorType, MethodType, ModuleType, SimpleNamespace
 
 import torch
 from fastcore.foundation import L
@@ -69,7 +69,8 @@ def is_authors(
 
 LIBRARIES = _python | _known | {'numpy', 'fastai', 'fastcore'} # whose classes and modules hold nothing that a `forward` would leave there
 
-_boxes = UserDict, UserList, ChainMap, local, weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet # Python's own, which hold what they are given in attributes
+_weak = weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet
+_boxes = UserDict, UserList, ChainMap, local, *_weak # Python's own, which hold what they are given in attributes
 
 @remembered
 def is_record(kind):
@@ -102,9 +103,11 @@ def content(o):
     if type(o) is dict: return [*o, *o.values()]
     if type(o) in (list, tuple): return o
     if isinstance(o, MappingProxyType): return [*o.keys(), *o.values()]
+    if isinstance(o, _weak): return [o.data]
     if is_array(o) and o.dtype == object: return o.ravel().tolist()
     if isinstance(o, L): return [o.items]
     if isinstance(o, MethodType): return [o.__self__, *content(o.__func__)]
+    if isinstance(o, BuiltinMethodType): return [] if o.__self__ is None or isinstance(o.__self__, ModuleType) else [o.__self__]
     if isinstance(o, FunctionType): return [*_closed_over(o), *(o.__defaults__ or ()), *([o.__kwdefaults__] if o.__kwdefaults__ else []), *vars(o).values()]
     if isinstance(o, functools.partial): return [o.func, *o.args, o.keywords, *vars(o).values()]
     if isinstance(o, weakref.ref): return [o()]
@@ -190,6 +193,20 @@ def _only_asked(code, at):
     asks = next((i.argval for i in reversed(code[:at]) if i.opname.startswith('CALL') or i.argval in ('isinstance', 'issubclass')), '')
     return asks in ('isinstance', 'issubclass') and next(rest).opname.startswith('CALL')
 
+def _imported(f, name, level):
+    "The Python module that an `import` in a function gives, if it is there already"
+    package = f.__globals__.get('__package__') or ''
+    return sys.modules.get('.'.join([*package.split('.')[:len(package.split('.')) - level + 1], *filter(None, [name])]) if level else name)
+
+def _computed_name(code, at):
+    "With what the name begins that is asked for at `code[at]`, by `getattr` or the like; `None` if it is a constant, all of it"
+    given = [i for i in code[at+1:at+40] if i.opname not in ('PUSH_NULL', 'PRECALL', 'CACHE', 'KW_NAMES')]
+    end = next((n for n,i in enumerate(given) if i.opname.startswith('CALL')), len(given))
+    first = next((n for n,i in enumerate(given[:end]) if i.opname == 'LOAD_CONST' and type(i.argval) is str), end)
+    if first == end or given[first+1].opname.startswith('BINARY_SUBSCR'): return ''
+    whole = first == end-1 or not any(i.opname.startswith(('BUILD_', 'FORMAT_', 'BINARY_', 'LOAD_ATTR', 'LOAD_METHOD')) for i in given[first:end])
+    return None if whole else given[first].argval
+
 @remembered
 def named_in(
     f:FunctionType,
@@ -197,26 +214,29 @@ def named_in(
     "What the names in the code of `f` stand for outside of it, and what is read from a module"
     closed,held,names,made,asked = inspect.getclosurevars(f).nonlocals, {}, set(), set(), set()
     for c in codes_in(f.__code__):
-        o,code = None,steps(c)
+        o,code,strings = None,steps(c),{o for o in c.co_consts if type(o) is str and o.isidentifier()}
+        all_names = {*c.co_names, *strings}
         for at,i in enumerate(code):
             attr = reads_attribute(i)
+            if i.opname == 'IMPORT_NAME': o = held[i.argval] = _imported(f, i.argval, code[at-2].argval)
+            if i.opname == 'IMPORT_NAME': continue
             if isinstance(o, ModuleType): # whose attribute is read, or which goes somewhere as a whole
-                found = {f'{o.__name__}.{n}': vars(o)[n] for n in ([i.argval] if attr else c.co_names) if n in vars(o)}
+                found = {f'{o.__name__}.{n}': vars(o)[n] for n in ([i.argval] if attr else all_names) if n in vars(o)}
                 held |= found
                 o = found.get(f'{o.__name__}.{i.argval}') if attr else None
             elif attr: names.add(i.argval)
             elif i.opname in ('STORE_ATTR', 'DELETE_ATTR'): names |= {'__setattr__' if i.opname == 'STORE_ATTR' else '__delattr__', f'{i.argval}='}
-            if i.opname.startswith(('LOAD_GLOBAL', 'LOAD_DEREF', 'LOAD_CLASSDEREF')):
+            if i.opname.startswith(('LOAD_GLOBAL', 'LOAD_DEREF', 'LOAD_CLASSDEREF', 'LOAD_NAME')):
+                if i.argval in ('getattr', 'attrgetter', 'methodcaller') and (start := _computed_name(code, at)) is not None: names.add(f'{start}*')
                 o = held[i.argval] = closed[i.argval] if i.argval in closed else f.__globals__[i.argval] if i.argval in f.__globals__ else getattr(builtins, i.argval, None)
                 if isinstance(o, type): (asked if _only_asked(code, at) else made).add(o)
             elif not (attr or i.opname in ('PRECALL', 'PUSH_NULL', 'CACHE')): o = None
-        strings = {o for o in c.co_consts if type(o) is str and o.isidentifier()}
         names |= strings | {f'{n}=' for n in strings if 'setattr' in c.co_names}
     return held | {n: o.stands_for for n,o in held.items() if isinstance(o, FunctionType) and hasattr(o, 'stands_for')}, names, asked - made # a trace put it there
 
 _making = {f'__{n}__' for n in ('init', 'new', 'post_init')}
 _unasked = {f'__{n}__' for n in ('init_subclass', 'setstate', 'getstate', 'reduce', 'reduce_ex', 'repr', 'str', 'dir', 'doc', 'class', 'annotations',
-                                'subclasshook', 'class_getitem', 'setattr', 'delattr')} # no `forward` comes to these, but by name or by an assignment
+                                'subclasshook', 'setattr', 'delattr')} # no `forward` comes to these, but by name or by an assignment
 _special = {f'__{n}__' for n in ('getattr', 'missing', 'next', 'matmul', 'imatmul', 'torch_function', 'array')} - _unasked \
     | {n for kind in (int, float, list, dict, set, memoryview, FunctionType, property) for n in dir(kind) if n.startswith('__')} - _unasked # which an operator, or something else without a name, calls
 
@@ -241,7 +261,7 @@ def reached(
     held:frozenset=frozenset(), # Functions and classes that it holds
 )->Iterator: # Of (a function, class, container or other object; does code have a name for it?), each once
     "What the `forward` of a module may come to, by the names in it, as far as it is not PyTorch's"
-    names,found,seen,made = set(), {}, {*inside, cls}, set()
+    names,found,seen,made,modules,only_asked = set(), {}, {*inside, cls}, set(), set(), set()
     todo = [(o, False) for o in (*_methods(cls).get('forward', ()), *held)]
     while todo:
         while todo:
@@ -249,6 +269,7 @@ def reached(
             if (id(o), named) in found: continue
             first = (id(o), not named) not in found
             found[id(o), named] = o
+            if isinstance(o, ModuleType) and package_of(o) not in LIBRARIES: modules.add(o)
             if type(o) in ATOMS or isinstance(o, ModuleType): continue
             yield o, named
             if not first or isinstance(o, (Tensor, nn.Module)): continue
@@ -259,10 +280,12 @@ def reached(
                 if package not in _known: parts += content(o)
                 if package not in _known | _python:
                     mine,more,asked = named_in(o)
-                    todo += [(v, True) for v in mine.values() if not (isinstance(v, type) and v in asked)]
+                    todo += [(v, True) for v in mine.values()]
                     names |= more
-                    seen |= asked
-            elif isinstance(o, type): (seen if issubclass(o, nn.Module) else made).add(o)
+                    only_asked = (only_asked | asked) - ({v for v in mine.values() if isinstance(v, type)} - asked)
+            elif isinstance(o, type):
+                (seen if issubclass(o, nn.Module) or o in only_asked else made).add(o)
+                if package_of(type(o)) not in LIBRARIES: made.add(type(o)) # its metaclass
             elif isinstance(o, functools._lru_cache_wrapper): parts.append(o.__wrapped__)
             else:
                 parts += content(o) or [f for f in behind(o) if f is not o]
@@ -271,7 +294,11 @@ def reached(
         for c in made | seen:
             unnamed = _special - _making if c not in made else _special | _making
             by_name = names - {'forward'} if issubclass(c, nn.Module) else names | {'forward', 'setup_context'} if issubclass(c, torch.autograd.Function) else names
-            todo += [(f, False) for n,fs in _methods(c).items() for f in fs if (id(f), False) not in found and (n in by_name or n in unnamed)]
+            starts = tuple(n[:-1] for n in by_name if n.endswith('*'))
+            is_named = lambda n: n in by_name or n in unnamed or n.startswith(starts) and not n.startswith('__') and n != 'forward'
+            todo += [(f, False) for n,fs in _methods(c).items() for f in fs if (id(f), False) not in found and is_named(n)]
+        starts = tuple(n[:-1] for n in names if n.endswith('*'))
+        todo += [(v, True) for o in modules for n,v in vars(o).items() if (n in names or n.startswith(starts)) and (id(v), True) not in found]
 
 # %% ../../nbs/01_fold.held.ipynb #a648a9de
 def plain_device():

@@ -66,6 +66,8 @@ def _put_class(cls, old):
     for n,v in old.items():
         if vars(cls).get(n, old) is not v: type.__setattr__(cls, n, v)
 
+def _put_kind(o, old): object.__setattr__(o, '__class__', old)
+
 def _of_function(f): return dict(vars(f))
 
 def _put_function(f, old): put_back(vars(f), old)
@@ -112,6 +114,7 @@ def aspects(
     o:object,
 )->list: # Of (how it is seen, how it is put back, are two the same?)
     "What can be written of `o` besides what its containers hold"
+    if isinstance(o, nn.Module): return [(type, _put_kind, _is_same)]
     if isinstance(o, type): return [(_of_class, _put_class, _same_names)] if _is_writable(o) else []
     if isinstance(o, FunctionType): return [(_of_function, _put_function, _same_names), *_globals_of(o)]
     if isinstance(o, functools.partial): return [(_of_function, _put_function, _same_names)]

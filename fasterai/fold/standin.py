@@ -8,6 +8,7 @@ __all__ = ['OURS', 'INPLACE', 'Opaque', 'asked_again', 'none_swallowed', 'Imposs
 
 # %% ../../nbs/03_fold.standin.ipynb #7fc015d3
 import builtins,dis,functools,math,operator,sys
+from abc import ABCMeta
 from contextlib import contextmanager
 
 import torch
@@ -58,6 +59,12 @@ OURS = {'torch', 'fasterai'}
 _printers = {*OURS, 'logging', 'warnings'}
 _maybe_none = {'index', 'grad', '_grad', '_base', 'grad_fn', '_grad_fn', 'name', 'names', '_backward_hooks', '_post_accumulate_grad_hooks'} # of a device or a tensor
 
+def _compares(frame):
+    "Does the code compare two values just now, or look for one among constants? It may look one up instead, in a dict or a set"
+    code,at = frame.f_code.co_code, frame.f_lasti
+    op,before = (dis.opname[code[i]] for i in (at, max(at - 2, 0)))
+    return op == 'COMPARE_OP' or op == 'CONTAINS_OP' and before.startswith('LOAD_CONST')
+
 class Place(str):
     "What `str` gives of a device: a key, by which something is kept for each; where it is compared, a choice"
     def __new__(cls, number):
@@ -65,9 +72,7 @@ class Place(str):
         self.number = number
         return self
     def __eq__(self, o):
-        code,at = sys._getframe(1).f_code.co_code, sys._getframe(1).f_lasti
-        op,before = (dis.opname[code[i]] for i in (at, max(at - 2, 0)))
-        return self.number.tracer.choose() if op == 'COMPARE_OP' or op == 'CONTAINS_OP' and before.startswith('LOAD_CONST') else str.__eq__(self, o)
+        return self.number.tracer.choose() if _compares(sys._getframe(1)) else str.__eq__(self, o)
     def __ne__(self, o): return not self == o
     def __str__(self): return self
     __hash__ = str.__hash__
@@ -131,6 +136,7 @@ for _n in INPLACE:
 class Weight(StandIn):
     "Stands for a parameter or buffer, whose shape and kind are known"
     def __init__(self, node, tracer, held): super().__init__(node, tracer); self.held = held
+    def __hash__(self): return id(self.held) # as a tensor's
     def __getattr__(self, name): return getattr(self.held, name) if not hasattr(Tensor, name) and hasattr(self.held, name) else super().__getattr__(name)
     shape,dtype,device,ndim = (property(lambda self, n=n: getattr(self.held, n)) for n in ('shape', 'dtype', 'device', 'ndim'))
     def size(self, *args): return self.held.size(*args)
@@ -138,6 +144,8 @@ class Weight(StandIn):
     def numel(self): return self.held.numel()
 
 # %% ../../nbs/03_fold.standin.ipynb #5e656d68
+def _answers_itself(kind): return type(kind).__instancecheck__ not in (type.__instancecheck__, ABCMeta.__instancecheck__)
+
 def is_instance(o, kind, isinstance=isinstance):
     "`isinstance`, to which a stand-in is a tensor. (Were it to say so itself, in a `__class__`, C code would believe it too, and read memory that is not there)"
     plain = lambda: tuple(getattr(k, 'stands_for', k) for k in (kind if type(kind) is tuple else (kind,))) # without what a trace put in the place of `int`
@@ -150,8 +158,8 @@ def is_instance(o, kind, isinstance=isinstance):
     if not foreign and isinstance(o, kind): return True
     if issubclass(type(o), Weight): return isinstance(o.held, kind)
     if not issubclass(type(o), Number): o = o.tracer.proxy(o.node) # an attribute of one
-    if not issubclass(type(o), StandIn): return foreign and any([issubclass(t, kind) for t in types_of(o.node)]) and (type_of(o.node) is not None or o._no())
-    special = any(issubclass(k, Tensor) and k not in (Tensor, nn.Parameter) for k in kind) # what is computed of a subclass is one
+    if not issubclass(type(o), StandIn): return foreign and (any(map(_answers_itself, kind)) and o._no() or any([issubclass(t, kind) for t in types_of(o.node)]) and (type_of(o.node) is not None or o._no()))
+    special = any(issubclass(k, Tensor) and k not in (Tensor, nn.Parameter) or k is not nn.Parameter and _answers_itself(k) for k in kind) # what is computed of a subclass is one
     if foreign and (is_given(o.node) or special or rank_of(o.node) is None): return o.tracer.to_bool(o) # it may be: both ways are gone
     return issubclass(Tensor, kind)
 
@@ -177,6 +185,7 @@ class Reads(TorchFunctionMode):
         asked_again(sys._getframe(1))
         kwargs,name = kwargs or {}, getattr(func, '__name__', '')
         if name == '__get__': name = func.__self__.__name__
+        if func is Tensor.__eq__ and issubclass(type(args[1]), Weight) and not _compares(sys._getframe(1)): return args[0] is args[1].held # which is looked up
         tensors = [t for t in values_in([args, kwargs], Tensor) if not issubclass(type(t), fx.Proxy)]
         if name.startswith(('rand', 'bernoulli', 'multinomial', 'normal')) and not values_in([args, kwargs], fx.Proxy): raise Opaque(self.tracer.here(), 'it draws random numbers')
         if name not in METADATA | {'requires_grad_'}: self.tracer.read.update(self.tracer.params[t] for t in tensors if t in self.tracer.params)

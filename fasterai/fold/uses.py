@@ -41,12 +41,10 @@ _plain_facts,_plain = {'training', '_get_name', 'extra_repr', '__class__'}, (*AT
 
 def _may_change(c): return not c._modules and bool(c._parameters or c._buffers)
 
-def _is_bound(f, name, given=False):
-    "Does the code of `f` give `name` a value of its own, or has one been `given` to it? Then it is not what it is elsewhere"
-    own,*inner = codes_in(f.__code__)
-    if given and name in (*own.co_varnames, *own.co_cellvars, *own.co_freevars): return True
+def _is_bound(f, name):
+    "Is `name` a variable of the code of `f`, or of what is in it? Then it is not what it is elsewhere"
     stored = any(i.argval == name and i.opname.startswith(('STORE_', 'DELETE_')) for code in instructions(f) for i in code)
-    return stored or any(name in (*c.co_varnames, *c.co_cellvars) for c in inner)
+    return stored or any(name in (*c.co_varnames, *c.co_cellvars) for c in codes_in(f.__code__))
 
 def _invents(c): return type(c).__getattr__ is not nn.Module.__getattr__ # attributes that it has not
 
@@ -69,7 +67,7 @@ def _tells_a_fact(c, f):
 class Uses:
     "Which of the modules inside of `m` its code calls, and which get out of sight: given to a function, returned, asked for what is in them"
     def __init__(self, m, functions):
-        self.m,self.used,self.lost,self.variables,self.defaults,self.todo = m,set(),set(),{},{},[]
+        self.m,self.used,self.lost,self.variables,self.todo = m,set(),set(),{},[]
         for f,given in functions: self.run(f, given)
         before = None
         while before != (before := self.state()):
@@ -85,7 +83,6 @@ class Uses:
         code = f.__code__
         names,rest = code.co_varnames[:code.co_argcount], code.co_varnames[code.co_argcount + code.co_kwonlyargcount:][:bool(code.co_flags & inspect.CO_VARARGS)]
         for n,tags in zip(names, given): self.hold(f, n, tags)
-        for n,v in zip(reversed(names), reversed(f.__defaults__ or ())): self.defaults[f, n] = v if names.index(n) >= len(given) and self.defaults.get((f, n), v) is v else None
         more = given[len(names):]
         if names or not rest or any(more[1:]): self.lose(set().union(*more))
         elif more: self.hold(f, rest[0], {(c, d+1) for c,d in more[0]}) # the first of `*args`
@@ -140,7 +137,7 @@ class Uses:
             for t,a in zip(target.elts, over.args): self.each(t, a)
         elif apart and getattr(over.func, 'attr', '') in ('items', 'named_children') and len(target.elts) == 2: self.bind(target.elts[1], self.parts(self.parts(self.value(over))))
         else: self.bind(target, self.rounds(self.value(over)))
-    def is_python(self, name): return name in _of_python and name not in self.f.__globals__ and not _is_bound(self.f, name, given=True)
+    def is_python(self, name): return name in _of_python and name not in self.f.__globals__ and not _is_bound(self.f, name) and name not in self.f.__code__.co_freevars
     def do_If(self, n): self.value(n.test); self.all(n.body + n.orelse)
     do_While = do_If
     def do_Assert(self, n): self.value(n.test); self.value(n.msg) if n.msg else None
@@ -217,7 +214,8 @@ Uses.of_Tuple = Uses.of_Set = Uses.of_List
 @patch
 def of_Dict(self:Uses, n):
     tags = [self.value(v) if k else self.parts(self.value(v)) for k,v in zip(n.keys, n.values)] # `**v` has no key
-    return {(c, d+1) for found in (*tags, *map(self.value, filter(None, n.keys))) for c,d in found}
+    for k in filter(None, n.keys): self.lose(self.value(k)) # so that its keys are none
+    return {(c, d+1) for found in tags for c,d in found}
 
 @patch
 def of_Starred(self:Uses, n): return self.rounds(self.value(n.value))
@@ -242,7 +240,10 @@ def of_ListComp(self:Uses, n): return self.comprehended(n, n.elt)
 Uses.of_SetComp = Uses.of_GeneratorExp = Uses.of_ListComp
 
 @patch
-def of_DictComp(self:Uses, n): return self.comprehended(n, n.key, n.value)
+def of_DictComp(self:Uses, n):
+    tags = self.comprehended(n, n.value)
+    self.lose(self.value(n.key))
+    return tags
 
 @patch
 def of_Subscript(self:Uses, n):
@@ -268,11 +269,16 @@ def attribute(self:Uses, tags, name):
     found = set()
     for c,d in tags:
         if d or type(c).__getattribute__ is not object.__getattribute__: self.lose({(c, d)})
-        elif name in c._modules: found |= {(c._modules[name], 0)} if c._modules[name] is not None else set()
+        elif name in c._modules and self.is_registered(c, name): found |= {(c._modules[name], 0)} if c._modules[name] is not None else set()
         elif name == '_modules': found |= {(k, 1) for k in c._modules.values() if k is not None}
         elif c is self.m: self.own(name)
         elif not _is_fact(c, name): self.lose({(c, d)})
     return found
+
+@patch
+def is_registered(self:Uses, c, name):
+    "Does Python find the child `name` of `c` where PyTorch keeps it? It asks the object and its class first"
+    return name not in vars(c) and not any(name in vars(k) for k in type(c).__mro__) and (c is self.m or not _invents(c))
 
 @patch
 def own(self:Uses, name):
@@ -339,9 +345,9 @@ def by_name(self:Uses, n, given):
 @patch
 def called(self:Uses, func):
     "The function that is called, if it is known, and what it is given first"
-    f = named_in(self.f)[0].get(func.id, self.defaults.get((self.f, func.id))) if isinstance(func, ast.Name) and not _is_bound(self.f, func.id) else None
-    if isinstance(f, type) and is_record(f) and f.__init__ is not object.__init__: return f.__init__, [set()]
-    if isinstance(func, ast.Attribute) and self.value(func.value) == {(self.m, 0)} and isinstance(f := inspect.getattr_static(type(self.m), func.attr, None), FunctionType): return f, [{(self.m, 0)}]
+    f = named_in(self.f)[0].get(func.id) if isinstance(func, ast.Name) and not _is_bound(self.f, func.id) else None
+    if type(f) is type and is_record(f) and f.__new__ is object.__new__ and f.__init__ is not object.__init__: return f.__init__, [set()]
+    if isinstance(func, ast.Attribute) and self.value(func.value) == {(self.m, 0)} and not isinstance(func.value, ast.Call) and func.attr not in vars(self.m) and isinstance(f := inspect.getattr_static(type(self.m), func.attr, None), FunctionType): return f, [{(self.m, 0)}]
     return f, []
 
 @patch
@@ -356,7 +362,8 @@ def hand_over(self:Uses, n):
     if isinstance(f, FunctionType):
         stars = [isinstance(a, ast.Starred) for a in n.args]
         if not any(stars): return self.run(f, tags)
-        if stars[0] and not any(tags[1:]) and not given: return self.run(f, [{(c, d-1) for c,d in tags[0] if d}])
+        code = self.f.__code__
+        if stars[0] and not any(tags[1:]) and not given and code.co_flags & inspect.CO_VARARGS and getattr(n.args[0].value, 'id', '') == code.co_varnames[code.co_argcount + code.co_kwonlyargcount]: return self.run(f, [{(c, d-1) for c,d in tags[0] if d}]) # all that it collected itself
     self.lose(set().union(*tags))
 
 @remembered

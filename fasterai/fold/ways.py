@@ -60,6 +60,7 @@ class _Tracer(fx.proxy.TracerBase):
 def create_node(self:_Tracer, kind, target, args, kwargs, name=None, type_expr=None):
     if _in_autocast() != self.autocast: raise Opaque(self.here(), 'it switches autocast on or off')
     if any(now > was for now,was in zip(_modes(), self.modes)): raise Opaque(self.here(), 'it runs in a mode of its own')
+    if len(self.nodes) > 100_000 + 1000*len(self.names): raise Opaque(self.here(), 'it loops over its input', choice=False) # as an old iterator does, until an index is no more
     node = Node(kind, target, args, kwargs, tuple(self.stack))
     self.nodes.append(node)
     return node
@@ -108,6 +109,7 @@ def still_held(self:_Tracer, out, collect):
 @patch
 def choose(self:_Tracer):
     "True, and in another way False"
+    if not self.frames: raise Opaque(self.here(), 'it needs a number that depends on its input')
     choices,taken = frame = self.frames[-1]
     if taken == len(choices): choices.append(True)
     if len(choices) > _max_choices: raise Opaque(self.here(), 'it loops on what it computes')
@@ -232,6 +234,7 @@ def is_passing(self:_Tracer, m):
 
 @patch
 def leaf(self:_Tracer, m, args, kwargs):
+    if type(m.training) is not bool: raise Opaque(self.here(), f'it changes the settings of {naming(self.names[m])}')
     opaque,certain = type(m) in self.opaque, not any(choices for choices,_ in self.frames)
     if args and args[0] is None and not (opaque or m._forward_pre_hooks or not certain): raise Impossible(m, 'it is called without an input')
     if opaque and self.is_left_for(m): raise Opaque(self.module(self.stack[-2]), f'it leaves something behind for {naming(self.names[m])}')
