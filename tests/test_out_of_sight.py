@@ -1,5 +1,5 @@
 "Code and state that no name in a `forward` leads to at once: each was once folded, wrongly."
-import gc, types
+import enum, functools, operator
 
 import pytest, torch
 from torch import Tensor, nn
@@ -37,6 +37,25 @@ class Evenly(type):
 class Even(int, metaclass=Evenly): pass
 
 def by_a_computed_name(m, x): return getattr(m, f'way_{m.mode}')(x)
+def by_a_format(m, x): return getattr(m, 'way_{}'.format(m.mode))(x)
+def by_a_percent(m, x): return getattr(m, 'way_%s' % m.mode)(x)
+def by_two_names(m, x): return getattr(m, f'{m.start}_{m.mode}')(x)
+def by_a_choice(m, x): return getattr(m, 'forward_x' if m.mode == 'x' else m.names[0])(x)
+def by_a_default(m, x): return getattr(m, m.names[0], 'xx')(x)
+def by_a_call(m, x): return getattr(m, min('zz', 'way_') + m.mode)(x)
+def by_getattribute(m, x): return m.__getattribute__('way_' + m.mode)(x)
+def by_attrgetter(m, x): return operator.attrgetter('way_' + m.mode)(m)(x)
+asks_way, alias = operator.attrgetter('way_' + 'pre'), getattr
+def by_a_getter(m, x): return asks_way(m)(x)
+def by_an_alias(m, x): return alias(m, 'way_' + m.mode)(x)
+def by_a_partial(m, x): return m.get()(x)
+def by_a_partialmethod(m, x): return m.runs_way(x)
+def by_an_enum(m, x): return Ways[m.mode](m, x)
+def by_dispatch(m, x): return m.run('a', x)
+def by_the_type_of_a_device(m, x): return m.conv(x) if x.device.type in {'cpu', 'cuda'} else m.bn(m.conv(x))
+def by_the_text_of_it(m, x): return m.conv(x) if f'{x.device.type}' == 'cpu' else m.bn(m.conv(x))
+def by_an_item_size(m, x): return m.conv(x) if {8: 1}.get(x.dtype.itemsize) else m.bn(m.conv(x))
+def by_bits(m, x): return m.conv(x) if torch.finfo(x.dtype).bits in {64} else m.bn(m.conv(x))
 def by_a_helper(m, x): return getattr(m.helper, m.how)(m.bn, m.conv(x), x)
 def by_an_import(m, x):
     import elsewhere
@@ -69,14 +88,25 @@ def way_pre(m, x):
     except RuntimeError: return y
     return m.bn(y)
 
+class Ways(enum.Enum):
+    pre = functools.partial(way_pre)
+    def __call__(self, *args): return self.value(*args)
+def runs(m, how, x): return how(m, x)
+class Dispatches(nn.Module):
+    @functools.singledispatchmethod
+    def run(self, kind, x): return self.bn(self.conv(x))
+    @run.register
+    def _(self, kind: str, x): return way_pre(self, x)
+
 out_of_sight = {n: f for n,f in dict(globals()).items() if n.startswith(('by_', 'of_'))}
 
 @examples
 @pytest.mark.parametrize('name', out_of_sight)
 def test_code_that_no_name_leads_to(name, example):
     model = pair(out_of_sight[name])
-    type(model).way_pre, type(model).ops = way_pre, elsewhere
-    model.mode, model.helper, model.how, model.op = 'pre', Helper(), 'told', 'norm'
+    type(model).way_pre, type(model).ops, type(model).runs_way, type(model).run = way_pre, elsewhere, functools.partialmethod(runs, way_pre), vars(Dispatches)['run']
+    model.mode, model.helper, model.how, model.op, model.start, model.names = 'pre', Helper(), 'told', 'norm', 'way', ['way_pre']
+    if out_of_sight[name] is by_a_partial: model.get = functools.partial(getattr, model, 'way_pre')
     folded(model, (x,) if example else (), [(x,), (odd,), (x[:1],)])
 
 def test_a_layer_by_its_number():

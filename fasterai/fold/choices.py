@@ -6,13 +6,13 @@
 __all__ = ['may_choose', 'may_loop', 'comes_to']
 
 # %% ../../nbs/03_fold.choices.ipynb #a43b6744
-import dis,sys
+import sys
 from types import FunctionType, MethodType, ModuleType
 
 from torch import nn
 
 from .code import asks_kinds, functions_of, is_state, parameters
-from .held import behind, instructions, is_record, named_in, package_of, reads_attribute, remembered
+from .held import asked_name, behind, instructions, is_record, named_in, package_of, reads_attribute, remembered
 
 
 # %% ../../nbs/03_fold.choices.ipynb #2c41c108
@@ -35,12 +35,8 @@ def _names_in(f):
 
 def _constant_name(code, at):
     "The name that the `getattr` at `code[at]` asks for, if it is a constant: what is pushed after the object"
-    height,name = 0,None
-    for i in code[at+1:]:
-        if i.opname.startswith(('PRECALL', 'CALL')) and i.arg == height and height in (2, 3): return name
-        if 'JUMP' in i.opname: return None
-        height += dis.stack_effect(i.opcode, i.arg, jump=False)
-        if height <= 2: name = i.argval if height == 2 and i.opname == 'LOAD_CONST' and isinstance(i.argval, str) else None
+    name,whole = asked_name(code, at)
+    return name if whole else None
 
 def _own_functions(m):
     "Each of `m`'s own methods that its `forward` may come to, those of its bases up to PyTorch's own, and each function that it holds but for PyTorch's"

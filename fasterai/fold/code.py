@@ -168,6 +168,7 @@ def _asked_by(o, named):
     if isinstance(o, FunctionType) and hasattr(o, 'registry') or isinstance(o, functools.singledispatchmethod): return 'it asks `type`'
     if isinstance(o, FunctionType): return _asks(o) if is_authors(o) else ''
     if isinstance(o, functools._lru_cache_wrapper): return '' if named else 'it keeps what it computed'
+    if isinstance(o, (operator.attrgetter, operator.methodcaller)) or isinstance(o, functools.partial) and o.func is getattr: return 'it asks `getattr`'
     if o is sys.modules: return 'it keeps what it computed' # in one of them
     if isinstance(o, (ContextVar, local)): return 'it keeps what it computed'
     if _is_generator(o): return 'it draws random numbers'

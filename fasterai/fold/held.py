@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['ATOMS', 'NAMESPACES', 'LIBRARIES', 'OWN', 'remembered', 'afresh', 'package_of', 'package_of_frame', 'is_authors',
            'is_record', 'slots_of', 'is_array', 'content', 'own_attributes', 'held_in', 'behind', 'reads_attribute',
-           'codes_in', 'steps', 'instructions', 'named_in', 'reached', 'plain_device', 'random_state',
+           'codes_in', 'steps', 'instructions', 'asked_name', 'named_in', 'reached', 'plain_device', 'random_state',
            'same_random_state', 'uncollected', 'young_garbage']
 
 # %% ../../nbs/01_fold.held.ipynb #497633f4
-import builtins,dis,functools,gc,inspect,random,sys,weakref
+import builtins,dis,functools,gc,inspect,operator,random,sys,weakref
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from collections import ChainMap, UserDict, UserList, deque
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from enum import EnumMeta
 from threading import local
 from types import CellType, BuiltinMethodType, CodeType, FrameType, FunctionType, MappingProxyType, MemberDescriptorType, MethodType, ModuleType, SimpleNamespace
 
@@ -45,7 +46,7 @@ ATOMS = {type(None), bool, int, float, str, bytes, torch.Size, torch.dtype, torc
 
 NAMESPACES = SimpleNamespace, Namespace # objects that hold names and no more: `argparse` gives one
 
-_known,_python = {'torch', 'einops', 'fasterai', 'random'}, sys.stdlib_module_names # packages whose code need not be read, or not further than a function
+_known,_python = {'torch', 'einops', 'fasterai', 'random', '_pytest'}, sys.stdlib_module_names # packages whose code need not be read, or not further than a function
 
 def package_of(
     o:object, # A function, class or Python module
@@ -107,7 +108,7 @@ def content(o):
     if is_array(o) and o.dtype == object: return o.ravel().tolist()
     if isinstance(o, L): return [o.items]
     if isinstance(o, MethodType): return [o.__self__, *content(o.__func__)]
-    if isinstance(o, BuiltinMethodType): return [] if o.__self__ is None or isinstance(o.__self__, ModuleType) else [o.__self__]
+    if isinstance(o, BuiltinMethodType): return [o.__self__] if isinstance(o.__self__, (dict, *_sequences)) else [] # a dict's `get`
     if isinstance(o, FunctionType): return [*_closed_over(o), *(o.__defaults__ or ()), *([o.__kwdefaults__] if o.__kwdefaults__ else []), *vars(o).values()]
     if isinstance(o, functools.partial): return [o.func, *o.args, o.keywords, *vars(o).values()]
     if isinstance(o, weakref.ref): return [o()]
@@ -151,7 +152,9 @@ def behind(
     "The functions of an attribute of a class: a method, a property's three, ..."
     if isinstance(o, property): return [f for f in (o.fget, o.fset, o.fdel) if f]
     if isinstance(o, (classmethod, staticmethod)): return [o.__func__]
-    return [o.func] if isinstance(o, (functools.cached_property, functools.partialmethod)) else [o]
+    if isinstance(o, functools.partialmethod): return [o.func, *filter(callable, (*o.args, *o.keywords.values()))]
+    if isinstance(o, functools.singledispatchmethod): return [o, o.func, *o.dispatcher.registry.values()]
+    return [o.func] if isinstance(o, functools.cached_property) else [o]
 
 def reads_attribute(
     i:dis.Instruction,
@@ -198,14 +201,28 @@ def _imported(f, name, level):
     package = f.__globals__.get('__package__') or ''
     return sys.modules.get('.'.join([*package.split('.')[:len(package.split('.')) - level + 1], *filter(None, [name])]) if level else name)
 
-def _computed_name(code, at):
-    "With what the name begins that is asked for at `code[at]`, by `getattr` or the like; `None` if it is a constant, all of it"
-    given = [i for i in code[at+1:at+40] if i.opname not in ('PUSH_NULL', 'PRECALL', 'CACHE', 'KW_NAMES')]
-    end = next((n for n,i in enumerate(given) if i.opname.startswith('CALL')), len(given))
-    first = next((n for n,i in enumerate(given[:end]) if i.opname == 'LOAD_CONST' and type(i.argval) is str), end)
-    if first == end or given[first+1].opname.startswith('BINARY_SUBSCR'): return ''
-    whole = first == end-1 or not any(i.opname.startswith(('BUILD_', 'FORMAT_', 'BINARY_', 'LOAD_ATTR', 'LOAD_METHOD')) for i in given[first:end])
-    return None if whole else given[first].argval
+def asked_name(
+    code:tuple, # Of `dis.Instruction`s
+    at:int, # Where `getattr`, or the like, is loaded
+    before:int=1, # How many arguments stand before the name
+)->tuple[str,bool]: # ('', False) where nothing is known of it
+    "With what the name begins that is asked for, and is that all of it?"
+    height,taken = 0,[] # the steps that compute the arguments, and how high the stack is before each
+    for i in code[at+1:]:
+        if i.opname.startswith(('PRECALL', 'CALL')) and i.arg == height: break
+        if 'JUMP' in i.opname: return '', False
+        if i.opname not in ('CACHE', 'PUSH_NULL'): taken.append((i, height))
+        height += dis.stack_effect(i.opcode, i.arg, jump=False) if i.opname != 'PUSH_NULL' else 0
+    else: return '', False
+    starts = lambda n: max((k for k,(_,h) in enumerate(taken) if h == n), default=len(taken)) # of the argument behind `n` others
+    name = taken[starts(before):starts(before+1) if height > before+1 else len(taken)]
+    if not name or name[0][0].opname != 'LOAD_CONST' or type(name[0][0].argval) is not str: return '', False
+    last = name[-1][0]
+    if len(name) == 1: return name[0][0].argval, True
+    joins = last.opname == 'BUILD_STRING' or last.opname == 'BINARY_OP' and last.argrepr == '+'
+    return (name[0][0].argval, False) if joins and all(h > before+1 for _,h in name[2:]) else ('', False)
+
+_by_name = getattr, operator.attrgetter, operator.methodcaller # which ask for what they are given the name of
 
 @remembered
 def named_in(
@@ -213,13 +230,15 @@ def named_in(
 )->tuple[dict,set,set]: # By name; the other names, of attributes; the classes of which nothing is made
     "What the names in the code of `f` stand for outside of it, and what is read from a module"
     closed,held,names,made,asked = inspect.getclosurevars(f).nonlocals, {}, set(), set(), set()
+    installed = 'site-packages' in f.__code__.co_filename # a library would lead to all that it ever imports, or has a name for
     for c in codes_in(f.__code__):
         o,code,strings = None,steps(c),{o for o in c.co_consts if type(o) is str and o.isidentifier()}
         all_names = {*c.co_names, *strings}
         for at,i in enumerate(code):
             attr = reads_attribute(i)
-            if i.opname == 'IMPORT_NAME': o = held[i.argval] = _imported(f, i.argval, code[at-2].argval)
-            if i.opname == 'IMPORT_NAME': continue
+            if i.opname == 'IMPORT_NAME' and not installed:
+                o = held[i.argval] = _imported(f, i.argval, code[at-2].argval)
+                continue
             if isinstance(o, ModuleType): # whose attribute is read, or which goes somewhere as a whole
                 found = {f'{o.__name__}.{n}': vars(o)[n] for n in ([i.argval] if attr else all_names) if n in vars(o)}
                 held |= found
@@ -227,10 +246,11 @@ def named_in(
             elif attr: names.add(i.argval)
             elif i.opname in ('STORE_ATTR', 'DELETE_ATTR'): names |= {'__setattr__' if i.opname == 'STORE_ATTR' else '__delattr__', f'{i.argval}='}
             if i.opname.startswith(('LOAD_GLOBAL', 'LOAD_DEREF', 'LOAD_CLASSDEREF', 'LOAD_NAME')):
-                if i.argval in ('getattr', 'attrgetter', 'methodcaller') and (start := _computed_name(code, at)) is not None: names.add(f'{start}*')
                 o = held[i.argval] = closed[i.argval] if i.argval in closed else f.__globals__[i.argval] if i.argval in f.__globals__ else getattr(builtins, i.argval, None)
                 if isinstance(o, type): (asked if _only_asked(code, at) else made).add(o)
             elif not (attr or i.opname in ('PRECALL', 'PUSH_NULL', 'CACHE')): o = None
+            if not installed and attr and i.argval in ('__getattribute__', '__getattr__'): names.add('*')
+            if not installed and any(o is k for k in _by_name): names |= {f'{n}*' for n,whole in [asked_name(code, at, int(o is getattr))] if not whole}
         names |= strings | {f'{n}=' for n in strings if 'setattr' in c.co_names}
     return held | {n: o.stands_for for n,o in held.items() if isinstance(o, FunctionType) and hasattr(o, 'stands_for')}, names, asked - made # a trace put it there
 
@@ -269,7 +289,7 @@ def reached(
             if (id(o), named) in found: continue
             first = (id(o), not named) not in found
             found[id(o), named] = o
-            if isinstance(o, ModuleType) and package_of(o) not in LIBRARIES: modules.add(o)
+            if isinstance(o, ModuleType) and not named and package_of(o) not in LIBRARIES: modules.add(o) # which is held: of one that code has a name for, it is known what is read
             if type(o) in ATOMS or isinstance(o, ModuleType): continue
             yield o, named
             if not first or isinstance(o, (Tensor, nn.Module)): continue
@@ -286,6 +306,7 @@ def reached(
             elif isinstance(o, type):
                 (seen if issubclass(o, nn.Module) or o in only_asked else made).add(o)
                 if package_of(type(o)) not in LIBRARIES: made.add(type(o)) # its metaclass
+                if issubclass(type(o), EnumMeta): parts += [*o]
             elif isinstance(o, functools._lru_cache_wrapper): parts.append(o.__wrapped__)
             else:
                 parts += content(o) or [f for f in behind(o) if f is not o]
@@ -297,8 +318,7 @@ def reached(
             starts = tuple(n[:-1] for n in by_name if n.endswith('*'))
             is_named = lambda n: n in by_name or n in unnamed or n.startswith(starts) and not n.startswith('__') and n != 'forward'
             todo += [(f, False) for n,fs in _methods(c).items() for f in fs if (id(f), False) not in found and is_named(n)]
-        starts = tuple(n[:-1] for n in names if n.endswith('*'))
-        todo += [(v, True) for o in modules for n,v in vars(o).items() if (n in names or n.startswith(starts)) and (id(v), True) not in found]
+        todo += [(vars(o)[n], True) for o in modules for n in names & vars(o).keys() if (id(vars(o)[n]), True) not in found]
 
 # %% ../../nbs/01_fold.held.ipynb #a648a9de
 def plain_device():

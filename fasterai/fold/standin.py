@@ -92,7 +92,8 @@ class Number(fx.Proxy):
     def __getattr__(self, name):
         has = [hasattr(t, name) for t in types_of(self.node)]
         if not any(has): raise AttributeError(f'a number has no attribute {name!r}')
-        return self._no() if name in _maybe_none or not all(has) else super().__getattr__(name)
+        if name in _maybe_none or not all(has): return self._no()
+        return super().__getattr__(name) if all(callable(getattr(t, name)) for t in types_of(self.node)) else self.tracer.create_proxy('call_function', getattr, (self, name), {})
     def __len__(self): return length_of(self.node) or self._no()
     def __iter__(self):
         frame = sys._getframe(1)
