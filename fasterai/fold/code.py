@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .held import LIBRARIES, codes_in, held_in, instructions, is_authors, named_in, own_attributes, package_of, package_of_frame, reached, reads_attribute, remembered, steps
+from .held import LIBRARIES, codes_in, held_in, instructions, is_authors, named_in, own_attributes, package_of, reached, reads_attribute, remembered, steps
 
 # %% ../../nbs/02_fold.code.ipynb #19287171
 _autocasts = {'is_autocast_enabled', 'is_autocast_cpu_enabled', 'is_autocast_xla_enabled', 'is_autocast_ipu_enabled'}
@@ -333,7 +333,7 @@ def was_raised(
     tb = e.__traceback__
     while tb.tb_next: tb = tb.tb_next
     code = tb.tb_frame.f_code
-    own = package_of_frame(tb.tb_frame) != 'fasterai' and code.co_filename.split('site-packages/')[-1].split('/')[0] != 'torch' or '/torch/nn/modules/' in code.co_filename
+    own = tb.tb_frame.f_globals.get('__name__') != 'fasterai.fold.standin' and code.co_filename.split('site-packages/')[-1].split('/')[0] != 'torch' or '/torch/nn/modules/' in code.co_filename
     return own and dis.opname[code.co_code[tb.tb_lasti]] == 'RAISE_VARARGS'
 
 @functools.lru_cache(None)
