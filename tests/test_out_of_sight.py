@@ -98,6 +98,13 @@ class Dispatches(nn.Module):
     @run.register
     def _(self, kind: str, x): return way_pre(self, x)
 
+class Made:
+    k = 1
+    def __init__(self, m, x): self.y = way_pre(m, x)
+def makes(m, x): return Made(m, x).y
+def by_what_is_made(m, x): return makes(m, x)*Made.k
+def by_what_is_only_asked(m, x): return x if isinstance(x, Made) else makes(m, x)
+
 out_of_sight = {n: f for n,f in dict(globals()).items() if n.startswith(('by_', 'of_'))}
 
 @examples

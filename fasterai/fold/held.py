@@ -46,7 +46,7 @@ ATOMS = {type(None), bool, int, float, str, bytes, torch.Size, torch.dtype, torc
 
 NAMESPACES = SimpleNamespace, Namespace # objects that hold names and no more: `argparse` gives one
 
-_known,_python = {'torch', 'einops', 'fasterai', 'random', '_pytest'}, sys.stdlib_module_names # packages whose code need not be read, or not further than a function
+_known,_python = {'torch', 'einops', 'fasterai', 'random', '_pytest'}, sys.stdlib_module_names # packages whose code need not be read, or not further than a function (pytest writes names of its own into assertions)
 
 def package_of(
     o:object, # A function, class or Python module
@@ -281,7 +281,7 @@ def reached(
     held:frozenset=frozenset(), # Functions and classes that it holds
 )->Iterator: # Of (a function, class, container or other object; does code have a name for it?), each once
     "What the `forward` of a module may come to, by the names in it, as far as it is not PyTorch's"
-    names,found,seen,made,modules,only_asked = set(), {}, {*inside, cls}, set(), set(), set()
+    names,found,seen,made,modules = set(), {}, {*inside, cls}, set(), set() # `made`: classes of which something may be made
     todo = [(o, False) for o in (*_methods(cls).get('forward', ()), *held)]
     while todo:
         while todo:
@@ -292,6 +292,7 @@ def reached(
             if isinstance(o, ModuleType) and not named and package_of(o) not in LIBRARIES: modules.add(o) # which is held: of one that code has a name for, it is known what is read
             if type(o) in ATOMS or isinstance(o, ModuleType): continue
             yield o, named
+            if isinstance(o, type) and not named: (seen if issubclass(o, nn.Module) else made).add(o)
             if not first or isinstance(o, (Tensor, nn.Module)): continue
             parts = []
             if isinstance(o, FunctionType):
@@ -300,11 +301,11 @@ def reached(
                 if package not in _known: parts += content(o)
                 if package not in _known | _python:
                     mine,more,asked = named_in(o)
+                    kinds = {v for v in mine.values() if isinstance(v, type)}
+                    only_seen = asked | {k for k in kinds if issubclass(k, nn.Module)}
                     todo += [(v, True) for v in mine.values()]
-                    names |= more
-                    only_asked = (only_asked | asked) - ({v for v in mine.values() if isinstance(v, type)} - asked)
+                    names,seen,made = names | more, seen | only_seen, made | (kinds - only_seen)
             elif isinstance(o, type):
-                (seen if issubclass(o, nn.Module) or o in only_asked else made).add(o)
                 if package_of(type(o)) not in LIBRARIES: made.add(type(o)) # its metaclass
                 if issubclass(type(o), EnumMeta): parts += [*o]
             elif isinstance(o, functools._lru_cache_wrapper): parts.append(o.__wrapped__)
@@ -312,13 +313,13 @@ def reached(
                 parts += content(o) or [f for f in behind(o) if f is not o]
                 seen.add(type(o))
             todo += [(v, False) for v in parts]
+        starts = tuple(n[:-1] for n in names if n.endswith('*'))
         for c in made | seen:
             unnamed = _special - _making if c not in made else _special | _making
             by_name = names - {'forward'} if issubclass(c, nn.Module) else names | {'forward', 'setup_context'} if issubclass(c, torch.autograd.Function) else names
-            starts = tuple(n[:-1] for n in by_name if n.endswith('*'))
             is_named = lambda n: n in by_name or n in unnamed or n.startswith(starts) and not n.startswith('__') and n != 'forward'
             todo += [(f, False) for n,fs in _methods(c).items() for f in fs if (id(f), False) not in found and is_named(n)]
-        todo += [(vars(o)[n], True) for o in modules for n in names & vars(o).keys() if (id(vars(o)[n]), True) not in found]
+        todo += [(vars(o)[n], False) for o in modules for n in names & vars(o).keys() if (id(vars(o)[n]), False) not in found]
 
 # %% ../../nbs/01_fold.held.ipynb #a648a9de
 def plain_device():
