@@ -11,7 +11,6 @@ from collections import ChainMap, OrderedDict
 from collections.abc import Callable
 from contextlib import ExitStack
 from math import isfinite
-from textwrap import shorten
 from types import FunctionType
 
 import torch
@@ -21,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 from .affine import Affine, batchnorm_affine, take, then, to_float64
 from .clamp import ChannelClamp, through_clamp
 from .compose import in_parallel, in_series
-from .flow import under
+from .flow import brief, under
 from .held import ATOMS, content, held_in, remembered, uncollected
 from .left import held_by
 from .layers import absorb, absorb_batchnorm, grouped, in_channels, like, out_channels, ungrouped
@@ -219,7 +218,7 @@ def _copy(o, memo):
 
 def _attribute(m, name, memo):
     try: return _copy(vars(m)[name], memo)
-    except (TypeError, RuntimeError, LookupError, AttributeError) as e: raise TypeError(f"the `{name}` of a {type(m).__name__} can't be copied ({type(e).__name__}: {shorten(str(e), 200, placeholder=' …')}): take it out first, or fold the model itself, with `inplace=True`") from e
+    except (TypeError, RuntimeError, LookupError, AttributeError) as e: raise TypeError(f"the `{name}` of a {type(m).__name__} can't be copied ({brief(e)}): take it out first, or fold the model itself, with `inplace=True`") from e
 
 def _check_hooks(m, memo):
     "Raise if a hook would go on with what the original holds: a function is not copied, nor is what it closes over"

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from .carry import BY_SIZE, SAME
 from .known import custom_op
-from .flow import Entry, Flow, Value, mapped, read_written_out, values_in
+from .flow import Entry, Flow, Value, mapped, read_written_out, storage_of, values_in
 from .code import named_by
 from .held import same_random_state, young_garbage
 from .memory import untouched
@@ -268,12 +268,7 @@ def record_flow(
 
 def _all_storages():
     "Of every tensor that Python knows"
-    found = set()
-    for t in gc.get_objects():
-        if not issubclass(type(t), Tensor): continue
-        try: found.add(t.untyped_storage()._cdata)
-        except Exception: pass # it has no memory of its own
-    return found
+    return {storage_of(o) for o in gc.get_objects() if issubclass(type(o), Tensor)}
 
 def _note_alive(recorder, out, collect):
     "A value that is still alive when the run is over has a reader outside"

@@ -90,10 +90,11 @@ class Number(fx.Proxy):
     def _no(self, *args): raise Opaque(self.tracer.here(), 'it needs a number that depends on its input', frame=sys._getframe(1))
     __int__ = __float__ = __index__ = __contains__ = __hash__ = __deepcopy__ = __reduce_ex__ = _no
     def __getattr__(self, name):
-        has = [hasattr(t, name) for t in types_of(self.node)]
+        kinds = types_of(self.node)
+        has = [hasattr(t, name) for t in kinds]
         if not any(has): raise AttributeError(f'a number has no attribute {name!r}')
         if name in _maybe_none or not all(has): return self._no()
-        return super().__getattr__(name) if all(callable(getattr(t, name)) for t in types_of(self.node)) else self.tracer.create_proxy('call_function', getattr, (self, name), {})
+        return super().__getattr__(name) if all(callable(getattr(t, name)) for t in kinds) else self.tracer.create_proxy('call_function', getattr, (self, name), {})
     def __len__(self): return length_of(self.node) or self._no()
     def __iter__(self):
         frame = sys._getframe(1)

@@ -16,12 +16,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from .choices import comes_to, may_choose, may_loop
+from .choices import may_choose, may_loop
+from .computed import writing
 from .reach import taken_apart
 from .code import KINDS_ASKED, reading, runs_apart, variants
 from .flow import Entry, Flow, Value, altered, mapped, naming, read_written_out, tensors_of, under, values_in
 from .held import held_in, uncollected
-from .left import meets, read, shared_by, written
+from .left import meets, read, shared_by
 from .known import METADATA, called_plainly, custom_op, is_foreign, is_plain, known_layer, name_of, plain_batchnorm, type_of
 from .layers import LAYERS, layer_call
 from .shapes import shape_of
@@ -246,7 +247,7 @@ def _left_apart(flow, refused):
     if not untraced: return {}
     traced = [{flow.modules[name], *(flow.modules[stack[-1]] for stack,*_ in tracer.calls)} for name,_,tracer in flow.traces]
     seen_to_write = set().union(*(t for t,(*_,tracer) in zip(traced, flow.traces) if tracer.wrote))
-    writers,found = [(m, w, shared_by(m, hooked=True)) for m in names if any(w := written(m, comes_to(m))) and (m in untraced | seen_to_write or w.others)], {}
+    writers,found = [(m, w, shared_by(m, hooked=True)) for m,w in writing(names) if m in untraced | seen_to_write or w.others], {}
     for o in names if writers else ():
         if o in refused or names[o] in flow.failed: continue
         mine,reads,shared = [t for t in traced if o in t], read(o), shared_by(o)
@@ -349,7 +350,7 @@ def _takes_bias(flow, name):
     "Does the code of the layer `name` use a bias, if it gains one, wherever it uses its weight?"
     m = flow.modules[name]
     if name in flow.failed or not called_plainly(m): return False
-    if any(w.met_by(read(m)) for o in flow.modules.values() if o is not m and any(w := written(o, comes_to(o)))): return False
+    if any(w.met_by(read(m)) for _,w in writing(o for o in flow.modules.values() if o is not m)): return False
     opaque = {type(o) for n,o in m.named_modules() if n and f'{name}.{n}'.removeprefix('.') in flow.failed}
     def traced(m):
         names,params = {o: n for n,o in m.named_modules()}, {t: n for n,t in tensors_of(dict(m.named_modules())).items()}

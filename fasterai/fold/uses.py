@@ -46,6 +46,10 @@ def _is_bound(f, name):
     stored = any(i.argval == name and i.opname.startswith(('STORE_', 'DELETE_')) for code in instructions(f) for i in code)
     return stored or any(name in (*c.co_varnames, *c.co_cellvars) for c in codes_in(f.__code__))
 
+def _rest(code):
+    "The name of the variable that collects positional arguments, if there is one"
+    return code.co_varnames[code.co_argcount + code.co_kwonlyargcount:][:bool(code.co_flags & inspect.CO_VARARGS)]
+
 def _invents(c): return type(c).__getattr__ is not nn.Module.__getattr__ # attributes that it has not
 
 def _is_fact(c, name):
@@ -80,8 +84,7 @@ class Uses:
     def run(self, f, given):
         "The function `f` is called: `given` are the tags of its positional arguments"
         if f not in self.todo: self.todo.append(f)
-        code = f.__code__
-        names,rest = code.co_varnames[:code.co_argcount], code.co_varnames[code.co_argcount + code.co_kwonlyargcount:][:bool(code.co_flags & inspect.CO_VARARGS)]
+        names,rest = f.__code__.co_varnames[:f.__code__.co_argcount], _rest(f.__code__)
         for n,tags in zip(names, given): self.hold(f, n, tags)
         more = given[len(names):]
         if names or not rest or any(more[1:]): self.lose(set().union(*more))
@@ -362,8 +365,7 @@ def hand_over(self:Uses, n):
     if isinstance(f, FunctionType):
         stars = [isinstance(a, ast.Starred) for a in n.args]
         if not any(stars): return self.run(f, tags)
-        code = self.f.__code__
-        if stars[0] and not any(tags[1:]) and not given and code.co_flags & inspect.CO_VARARGS and getattr(n.args[0].value, 'id', '') == code.co_varnames[code.co_argcount + code.co_kwonlyargcount]: return self.run(f, [{(c, d-1) for c,d in tags[0] if d}]) # all that it collected itself
+        if stars[0] and not any(tags[1:]) and not given and getattr(n.args[0].value, 'id', '') in _rest(self.f.__code__): return self.run(f, [{(c, d-1) for c,d in tags[0] if d}]) # all that it collected itself
     self.lose(set().union(*tags))
 
 @remembered

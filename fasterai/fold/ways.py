@@ -282,7 +282,7 @@ def put(self:_Tracer, space, functions={}):
         space[name] = f
 
 @patch
-def afresh(self:_Tracer, f):
+def watched(self:_Tracer, f):
     "`f`, whose cache is to hold no stand-in; what a later call would meet again is watched"
     @functools.wraps(f.__wrapped__)
     def called(*args, **kwargs):
@@ -299,7 +299,7 @@ def put_into(self:_Tracer, space, names):
     "Functions for which Python lets nothing stand in, and those that tell how a run is run, or remember"
     own = {n: f for n,f in dict(len=length, int=as_operation(int), float=as_operation(float), type=type_of_any).items() if n in names and n not in space}
     states = {n: self.state(space[n]) for n in names if is_state(space.get(n))}
-    caches = {n: self.afresh(f) for n in names if isinstance(f := space.get(n), functools._lru_cache_wrapper)}
+    caches = {n: self.watched(f) for n in names if isinstance(f := space.get(n), functools._lru_cache_wrapper)}
     self.put(space, own | states | caches)
 
 @patch

@@ -18,7 +18,7 @@ from ..fold.bake import bake
 from ..fold.carry import CARRIERS
 from ..fold.computed import rewritten_computations
 from ..fold.code import named_by
-from ..fold.flow import altered, naming
+from ..fold.flow import altered, brief, naming
 from ..fold.held import afresh, plain_device
 from ..fold.inputs import check_model, is_learner, learner_example, unwrapped
 from ..fold.layers import LAYERS, NORMS
@@ -32,7 +32,7 @@ from ..fold.report import Report
 from ..fold.scale import read_norms, read_parameters, read_scales
 from ..fold.sizes import flows_at_other_sizes
 from ..fold.trace import same_outline, trace_flow
-from ..fold.verify import Difference, brief, cloned, compare, count_parameters, difference, first_difference, given, run, tensors_in, to_double, tolerance, tolerance_for
+from ..fold.verify import Difference, cloned, compare, count_parameters, difference, first_difference, given, run, tensors_in, to_double, tolerance, tolerance_for
 
 # %% ../../nbs/10_misc.bn_folding.ipynb #dc2a18b2
 class FoldError(RuntimeError):
