@@ -220,7 +220,8 @@ def runs_apart(
     m:nn.Module,
 )->bool:
     "Does the code of `m` come to a thread, or a pool of them or of processes?"
-    return any(issubclass(o if isinstance(o, type) else type(o), (Thread, Executor, Pool)) for o in reading(m).others)
+    pytorchs = package_of(type(m)) == 'torch' and 'forward' not in vars(m) # which runs in no other
+    return not pytorchs and any(issubclass(o if isinstance(o, type) else type(o), (Thread, Executor, Pool)) for o in reading(m).others)
 
 def reading_behind(
     called:list, # Functions, bound methods, classes, objects that can be called

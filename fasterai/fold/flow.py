@@ -241,7 +241,7 @@ def _tensors(model):
     for name,m in model.named_modules():
         for attr,v in {**vars(m), **m._buffers, **m._parameters}.items():
             if attr in OWN or type(v) in ATOMS: continue
-            for t in held_in(v, Tensor, but=(Tensor, type, nn.Module)): yield f'{name}.{attr}'.removeprefix('.'), t
+            for t in [v] if isinstance(v, Tensor) else held_in(v, Tensor, but=(Tensor, type, nn.Module)): yield f'{name}.{attr}'.removeprefix('.'), t
 
 def in_one_memory(
     model:nn.Module,
