@@ -151,6 +151,34 @@ def test_what_a_forward_collects_and_nobody_looks_at(forward):
     for example in (True, False): assert fold(pair(forward), x, example=example)[1].folded == 1
 
 
+def by_a_mode(m, x, mode='tensor'):
+    if mode == 'tensor': return m.bn(m.conv(x)).relu()
+    if mode == 'features': return m.bn(m.conv(x))
+    raise ValueError(f'unknown mode {mode}')
+class OfOneMode(nn.Module):
+    def forward(self, x, mode):
+        if mode != 'tensor': raise ValueError(mode)
+        return x
+def none_refused_when_large(m, x, mode='tensor'):
+    if x.sum() > x.numel(): x = m.check(x, mode)
+    return m.conv(x) if mode is None else m.bn(m.conv(x))
+def none_refused_next_time(m, x, mode='tensor'):
+    if mode is not None: return m.bn(m.conv(x))
+    if m.seen: raise ValueError(mode)
+    m.seen = True
+    return m.conv(x)
+
+
+@pytest.mark.parametrize('forward,mode,folds', [(by_a_mode, 'features', 1), (none_refused_when_large, None, 0), (none_refused_next_time, None, 0)])
+def test_an_argument_that_may_not_be_none(forward, mode, folds):
+    for example in ((), (x,)):
+        model = pair(forward, check=OfOneMode(), seen=False)
+        folder = BN_Folder()
+        new = folder.fold(model, *example)
+        same(model, new, [(x,), (x, mode)])
+        assert folder.report.folded == folds
+
+
 def of_a_list_or_not(m, x): return m.bn(m.conv(x[0] if isinstance(x, (list, tuple)) else x))
 def of_one_or_more(m, x): return m.bn(m.conv(torch.cat(x) if not torch.is_tensor(x) else x))
 def sum_of_two(m, x):

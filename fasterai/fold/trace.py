@@ -26,7 +26,7 @@ from .left import meets, read, shared_by
 from .known import METADATA, called_plainly, custom_op, is_foreign, is_plain, known_layer, name_of, plain_batchnorm, type_of
 from .layers import LAYERS, layer_call
 from .shapes import shape_of
-from .standin import INPLACE, Impossible, Node, Opaque
+from .standin import INPLACE, Impossible, Node, Opaque, Refused
 from .ways import trace_ways
 
 # %% ../../nbs/05_fold.trace.ipynb #443fcc77
@@ -218,7 +218,7 @@ def _trace_root(m, flow, names, opaque, refused):
                 try: tracers.append(trace_ways(m, names, flow.names, opaque, variant))
                 except Impossible: continue
                 except Opaque as e:
-                    if not (e.__cause__ and any(way is None and p.default is p.empty for p,way in variant)): raise # no tensor at all is given, and that is an error
+                    if not (e.__cause__ and any(way is None and (p.default is p.empty or type(e) is Refused) for p,way in variant)): raise # no tensor at all is given, and that is an error; or `None` where a value is asked for
             if tracers: return tracers
             why = 'no way of calling it is possible'
         except Opaque as e:

@@ -23,7 +23,7 @@ from .held import ATOMS, codes_in, held_in, own_attributes, package_of, package_
 from .known import METADATA, MODULES, called_plainly, content_of, given_out, giver, is_number, known_layer, length_of, operations_in, plain_batchnorm, settings_of
 from .left import Left, Written, held_by, read, shared_by, written
 from .memory import alike, copied, told, untouched
-from .standin import Impossible, Node, Number, Opaque, Reads, StandIn, Weight, asked_again, as_operation, is_instance, length, nodes_in, none_swallowed, phi, type_of_any, OURS
+from .standin import Impossible, Node, Number, Opaque, Reads, Refused, StandIn, Weight, asked_again, as_operation, is_instance, length, nodes_in, none_swallowed, phi, type_of_any, OURS
 
 # %% ../../nbs/04_fold.ways.ipynb #1e5b1442
 _max_choices = 12
@@ -54,6 +54,7 @@ class _Tracer(fx.proxy.TracerBase):
 
     def module(self, name): return next(m for m,n in self.names.items() if n == name)
     def here(self): return self.module(self.stack[-1])
+    def is_certain(self): return not (any(choices for choices,_ in self.frames) or any(len(p.stack) == 1 for p in self.passes)) # no other way has been gone to get here
 
 # %% ../../nbs/04_fold.ways.ipynb #07c2f2d0
 @patch
@@ -91,8 +92,7 @@ def made_one(self:_Tracer, proxy):
 @patch
 def stand_in(self:_Tracer, t):
     "What stands for a tensor of the model, or `t` itself"
-    name = self.params.get(t)
-    if name is None: return t
+    if (name := self.params.get(t)) is None: return t
     if name not in self.proxies: self.proxies[name] = self.made_one(Weight(self.create_node('get_attr', name, (), {}), self, t))
     return self.proxies[name]
 
@@ -150,7 +150,7 @@ def ways(self:_Tracer, m, args, kwargs):
             self.passes.append(Pass(tuple(self.stack), given, nodes_in(outs[-1]), slice(start[0], len(self.nodes)), slice(start[1], len(self.calls))))
             if before and choices: ends.append(Left(m, (args, kwargs), read.others))
         except Exception as e:
-            if not (choices and was_raised(e)): raise Opaque(m, f"no stand-in for its input goes through it ({(str(e).strip() or type(e).__name__).splitlines()[0]})", choice=False) from e
+            if not (choices and was_raised(e)): raise (Refused if was_raised(e) and self.is_certain() else Opaque)(m, f"no stand-in for its input goes through it ({(str(e).strip() or type(e).__name__).splitlines()[0]})", choice=False) from e
         finally: self.frames.pop()
         while choices and not choices[-1]: choices.pop()
         if not choices: break
@@ -235,8 +235,8 @@ def is_passing(self:_Tracer, m):
 @patch
 def leaf(self:_Tracer, m, args, kwargs):
     if type(m.training) is not bool: raise Opaque(self.here(), f'it changes the settings of {naming(self.names[m])}')
-    opaque,certain = type(m) in self.opaque, not any(choices for choices,_ in self.frames)
-    if args and args[0] is None and not (opaque or m._forward_pre_hooks or not certain): raise Impossible(m, 'it is called without an input')
+    opaque = type(m) in self.opaque
+    if args and args[0] is None and self.is_certain() and not (opaque or m._forward_pre_hooks): raise Impossible(m, 'it is called without an input')
     if opaque and self.is_left_for(m): raise Opaque(self.module(self.stack[-2]), f'it leaves something behind for {naming(self.names[m])}')
     out = self.create_proxy('call_module', self.names[m], args, kwargs)
     out.node.layer,out.node.training,out.node.opaque = m,m.training,opaque # now: the trace puts it back
