@@ -179,6 +179,12 @@ def test_an_argument_that_may_not_be_none(forward, mode, folds):
         assert folder.report.folded == folds
 
 
+def test_a_run_of_what_cannot_be_followed_says_why():
+    folder = BN_Folder()
+    folder.fold(pair(lambda m, x: torch.stack([m.next(y) for y in m.bn(m.conv(x))]), next=conv(padding=0)), x)
+    assert folder.report['bn'].why == "before it and after it: another input may take another way through the model, whose code can't be followed: it loops over its input"
+
+
 def of_a_list_or_not(m, x): return m.bn(m.conv(x[0] if isinstance(x, (list, tuple)) else x))
 def of_one_or_more(m, x): return m.bn(m.conv(torch.cat(x) if not torch.is_tensor(x) else x))
 def sum_of_two(m, x):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-from fastcore.basics import patch
+from fastcore.basics import groupby,patch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
@@ -214,7 +214,7 @@ THROUGH = NEIGHBOURS | {'through its activation': Finder.beyond}
 @patch
 def best(self:Finder, row, calls, sides, confirm):
     "`row` with the absorbers on the first of `sides` that has some"
-    whys = {}
+    stops = []
     for side,look in sides.items():
         try:
             new,ways = look(self, row, calls)
@@ -222,9 +222,10 @@ def best(self:Finder, row, calls, sides, confirm):
             strided = not row.bare and any(c.op in ORDERS | PARTS | {'view'} for way in ways for c in way)
             if strided and not confirm: raise Unknown('what follows it would meet a tensor with other strides')
             return altered(new, strided=strided)
-        except Stop as e: whys[side] = e
-    kind = Unknown if any(isinstance(e, Unknown) for e in whys.values()) else Stop
-    raise kind('; '.join(f'{side}: {why}' for side,why in whys.items()))
+        except Stop as e: stops.append((side, e))
+    kind = Unknown if any(isinstance(e, Unknown) for _,e in stops) else Stop
+    whys = groupby(stops, lambda o: str(o[1]), lambda o: o[0])
+    raise kind('; '.join(f'{" and ".join(at)}: {why}' for why,at in whys.items()))
 
 # %% ../../nbs/06_fold.plan.ipynb #1239bf76
 def _involved(way):
@@ -284,6 +285,7 @@ def in_all_ways(
                 if at is None and any(map(_happens, way)): at = shared
                 if at is None: at = next((m for m in sorted(inside & (symbolic.looping | symbolic.apart)) if not all(m in c.stack for c in way)), None) # one of several that it gives
                 if at is None and unseen: at = shared
+                if at in symbolic.failed: raise Stop(f"another input may take another way through {naming(at)}, whose code can't be followed: {symbolic.failed[at]}")
                 if at is not None: raise Stop(f'{naming(at)} chooses its way by its input, and not every way is known to allow it')
             if elsewhere: _at_other_sizes(row, ways, elsewhere, '' in by_more)
             return altered(row, alone=False)
