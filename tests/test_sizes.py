@@ -5,7 +5,7 @@ import pytest, torch
 import torch.nn.functional as F
 from torch import nn
 
-from fasterai.fold.sizes import _changes
+from fasterai.fold.sizes import _changes, _on_cpu
 from fasterai.misc.bn_folding import BN_Folder
 from helpers import net, randomise
 from test_ways import bn, conv, folded
@@ -83,6 +83,45 @@ def test_sizes_that_agree_by_chance(forward, sizes):
     for example in ((), *calls):
         model = net(forward, conv=conv(), conv1=nn.Conv1d(4, 4, 1), fc=nn.Linear(4, 4), bn=bn(), bn1=nn.BatchNorm1d(4))
         folded(model, example, calls)
+
+
+def of_a_square(m, x):
+    assert x.shape[2] == x.shape[3], 'square pictures'
+    return m.bn1(F.avg_pool2d(m.conv(x), 8).view(-1, 4))
+def of_what_fits_its_turn(m, x): return m.bn1(F.avg_pool2d(m.conv(x) + m.conv(x.transpose(2, 3)), 8).view(-1, 4))
+def with_strides(m, x):
+    if x.shape[2] != x.shape[3]: raise ValueError('square pictures')
+    return m.bn1(m.deep(x).view(-1, 4))
+def of_a_cube(m, x):
+    if len({*x.shape[2:]}) > 1: raise ValueError('cubes')
+    return m.bn1(F.avg_pool3d(m.conv3(x), 4).view(-1, 4))
+def with_a_coarse_one(m, x, low): return m.bn1(F.avg_pool2d(F.avg_pool2d(m.conv(x), 2) + low, 8).view(-1, 4))
+def with_a_mask(m, x, mask): return m.bn1(F.avg_pool1d(m.conv1(x)*mask[:, None], 32).view(-1, 4))
+def with_tokens(m, x, tokens): return m.bn1(F.avg_pool1d(m.conv(x).flatten(2) + m.fc(tokens).transpose(1, 2), 64).reshape(-1, 4))
+
+@pytest.mark.parametrize('forward, sizes', [
+    (of_a_square, [[(2, 4, 8, 8)], [(2, 4, 16, 16)]]), (of_what_fits_its_turn, [[(2, 4, 8, 8)], [(2, 4, 32, 32)]]), (with_strides, [[(2, 4, 16, 16)], [(2, 4, 32, 32)]]), (of_a_cube, [[(2, 4, 4, 4, 4)], [(2, 4, 8, 8, 8)]]),
+    (with_a_coarse_one, [[(2, 4, 16, 16), (2, 4, 8, 8)], [(2, 4, 32, 32), (2, 4, 16, 16)]]), (with_a_mask, [[(2, 4, 32), (2, 32)], [(2, 4, 64), (2, 64)]]), (with_tokens, [[(2, 4, 8, 8), (2, 64, 4)], [(2, 4, 16, 8), (2, 128, 4)]])], ids=lambda o: getattr(o, '__name__', ''))
+def test_sizes_that_grow_together(forward, sizes):
+    calls = [tuple(images(*s) for s in call) for call in sizes]
+    for example in ((), calls[0]):
+        model = net(forward, conv=conv(), conv1=nn.Conv1d(4, 4, 1), conv3=nn.Conv3d(4, 4, 3, padding=1), fc=nn.Linear(4, 4), deep=nn.Sequential(*[conv(stride=2) for _ in range(4)]), bn1=nn.BatchNorm1d(4))
+        assert not folded(model, example, calls).folded
+
+
+def test_what_runs_elsewhere_is_tried_in_a_copy_on_the_cpu():
+    model, known = net(lambda m, x: m.bn(m.conv(x)), conv=conv(), bn=bn()), frozenset()
+    new, (args, kwargs) = _on_cpu(model, ((x := images(2, 4, 8, 8),), {}), known)
+    assert new is not model and new.conv.weight is not model.conv.weight and torch.equal(new(*args), model(x)) and not kwargs
+    assert _on_cpu(net(lambda m, x: m.conv(x.cuda(9)), conv=conv()), ((x,), {}), known) is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
+@pytest.mark.parametrize('forward', [one_place, of_a_square])
+def test_sizes_that_agree_by_chance_on_a_gpu(forward):
+    model = net(forward, conv=conv(), bn=bn(), bn1=nn.BatchNorm1d(4)).cuda()
+    small, large = images(2, 4, 8, 8).cuda(), images(2, 4, 16, 16).cuda()
+    assert not folded(model, (small,), [(small,), (large,)]).folded
 
 
 def flat(m, x):

@@ -23,6 +23,45 @@ def chain(**kw):
 examples = pytest.mark.parametrize('example', [False, True], ids=['symbolic', 'example'])
 
 
+# Modes that change in a `forward`
+
+def a_batch_by_itself(m, x):
+    if len(x) == 1: return m.bn(m.conv(x))
+    m.bn.train()
+    y = m.bn(m.conv(x))
+    m.bn.eval()
+    return y
+def both_in_one(m, x):
+    a = m.bn(m.conv(x))
+    m.bn.train()
+    b = m.bn(m.conv(x))
+    m.bn.eval()
+    return a, b
+def all_in_training(m, x):
+    a = m.bn(m.conv(x))
+    for o in m.modules():
+        if isinstance(o, nn.BatchNorm2d): o.train()
+    b = m.bn(m.conv(x))
+    m.eval()
+    return a + b
+def from_the_next_call_on(m, x):
+    y = m.bn(m.conv(x))
+    m.bn.training = True
+    return y
+def every_other_call(m, x):
+    y = m.bn(m.conv(x))
+    m.bn.train(not m.bn.training)
+    return y
+
+@examples
+@pytest.mark.parametrize('forward', [a_batch_by_itself, both_in_one, all_in_training, from_the_next_call_on, every_other_call])
+def test_a_batchnorm_that_takes_batch_statistics_in_some_call(forward, example):
+    model = net(forward, conv=conv(), bn=nn.BatchNorm2d(4))
+    new = BN_Folder().fold(model, *[x]*example)
+    for given in (x[:1], x, x): assert difference(run(model, (given,), {}), run(new, (given,), {})).relative < 1e-12
+    assert norms(new)
+
+
 # Precision
 
 def error(model, truth, x): return difference(truth, run(model, (x,), {})).relative

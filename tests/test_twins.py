@@ -249,6 +249,43 @@ def test_view_that_needs_the_batchnorms_strides():
     assert norms(new) and 'strides' in report['bn'].why
 
 
+class Flat(nn.Module):
+    "Three axes that a BatchNorm gives in their order, and a convolution may not"
+    def __init__(self, behind): super().__init__(); self.conv, self.bn, self.behind = conv(), bn1(), behind
+    def forward(self, x): return self.behind(self.bn(self.conv(x).flatten(2)))
+behind_flat = dict(view=lambda z: z.view(len(z), -1), as_strided=lambda z: z.as_strided((len(z), 4, z.shape[2]-1, 2), (4*z.shape[2], z.shape[2], 1, 1)), asked=lambda z: z if z.is_contiguous() else z*2)
+
+@pytest.mark.parametrize('name', behind_flat)
+def test_a_flatten_of_what_lies_otherwise(name):
+    last = x.contiguous(memory_format=torch.channels_last)
+    for example in ((), (last,)): # PyTorch refuses the view of another layout, and the other two give other numbers
+        m = randomise(Flat(behind_flat[name]))
+        new = BN_Folder().fold(m, *example)
+        assert norms(new)
+        for given in (x, last): assert difference(m(given), new(given)).relative < 1e-12
+    folder = BN_Folder()
+    folder.fold(m, x)
+    assert folder.report.folded == (name == 'view')
+
+
+def test_strides_of_an_axis_of_size_one():
+    last = torch.randn(2, 1, 8, 8).double().contiguous(memory_format=torch.channels_last)
+    for given in ((), (last,)):
+        m = net(lambda m, x: (z := m.bn(m.conv(x)).relu())*z.stride(1), conv=conv(1, 1), bn=bn(1))
+        new = BN_Folder().fold(m, *given)
+        assert norms(new) and difference(m(last), new(last)).relative < 1e-12
+
+
+@pytest.mark.parametrize('asks', [lambda z: z.detach()*2 if z.requires_grad else z, lambda z: z*(1 + z.is_leaf)])
+def test_what_asks_for_a_gradient(asks):
+    "A frozen convolution has none for a BatchNorm that is trained, as in a fastai body that is frozen"
+    for frozen in (False, True):
+        for example in ((), (x,)):
+            m = net(lambda m, x: asks(m.bn(m.conv(x))), conv=conv().requires_grad_(not frozen), bn=bn())
+            new = BN_Folder().fold(m, *example)
+            assert bool(norms(new)) == frozen and difference(m(x).detach(), new(x).detach()).relative < 1e-12
+
+
 def test_folding_twice_changes_nothing():
     new, _ = fold(net(lambda m, x: m.bn(m.conv(x)), conv=conv(), bn=bn()), x)
     again, report = fold(new, x)

@@ -167,6 +167,7 @@ class Flow:
         self.apart = set() # modules that may be called without the `nn.Sequential` that they are in
         self.looping = set() # modules that can't be followed, and do something as often as they are given something
         self.branches,self.undecided,self.askers = set(),set(),set() # modules that choose their way; those that may, and can't be followed; those that ask for a shape, and might
+        self.probed = {} # what is asked of a value besides its shape and dtype
         self.traces = [] # what a symbolic trace needs to be done again
         self.takes_bias = lambda name: False # does the code of a layer that has no bias use one, in all its ways? A trace can say
         self.failed,self.unknown = {},{} # modules that could not be traced, and why; what those can reach, and from where

@@ -141,7 +141,7 @@ def _rank_of_pattern(node):
     return len(right.split()) if arrow and not {'.', '…'} & {*right} else None
 
 _ranks = {nn.Conv1d: 3, nn.Conv2d: 4, nn.BatchNorm2d: 4, nn.Conv3d: 5, nn.BatchNorm3d: 5}
-_keep_rank = {'linear', 'relu', 'relu_', 'relu6', 'prelu', 'leaky_relu', 'elu', 'gelu', 'silu', 'mish', 'hardswish', 'hardtanh', 'sigmoid', 'tanh', 'dropout', 'contiguous', 'interpolate',
+_keep_rank = {'linear', 'batch_norm', 'relu', 'relu_', 'relu6', 'prelu', 'leaky_relu', 'elu', 'gelu', 'silu', 'mish', 'hardswish', 'hardtanh', 'sigmoid', 'tanh', 'dropout', 'contiguous', 'interpolate',
               'max_pool1d', 'max_pool2d', 'max_pool3d', 'avg_pool1d', 'avg_pool2d', 'avg_pool3d'}
 
 _broadcasts = {'cat', 'add', 'sub', 'mul', 'truediv', 'iadd', 'isub', 'imul', 'itruediv'}

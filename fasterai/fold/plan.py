@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from .bake import computing
-from .carry import BY_SIZE, ORDERS, PARTS, Stop, Unknown
+from .carry import BY_SIZE, ORDERS, PARTS, RESHAPES, Stop, Unknown
 from .finder import CLAMPS, Absorb, Finder
 from .known import called_plainly
 from .flow import Flow, Value, altered, naming, under
@@ -149,6 +149,7 @@ def described(self:Finder, name, calls):
         self.one_dtype(calls)
         return Row(name, stats=tuple(v.name for v in first[1]), steps=tuple(first[2]), size=first[4], bare=calls[0].kwargs.get('bare', False))
     if first[5] is not False: raise Stop('it has no running statistics and uses those of the batch')
+    if any(c.args[5] is not False for c in calls): raise Stop('it does not always use its running statistics')
     stats = _stat_names(self.flow, calls[0])
     if len({(_stat_names(self.flow, c), c.args[7]) for c in calls}) > 1: raise Stop('it is not always called in the same way')
     if '' in stats: raise Stop('its statistics or its weight are computed' + (' (see `bake`)' if computing(self.flow.modules[name]) else ''))
@@ -211,6 +212,27 @@ def beyond(self:Finder, row, calls):
 NEIGHBOURS = {'before it': Finder.ahead, 'after it': Finder.behind}
 THROUGH = NEIGHBOURS | {'through its activation': Finder.beyond}
 
+def _restrides(row, way):
+    "May what follows the BatchNorm meet other strides than it gave? It gives three axes in their order, however a convolution's four lie"
+    ops,(bn,*_) = {c.op for c in way}, way
+    laid = not row.absorbs[0].before and len(bn.outs[0].shape) > 2 and any(op.startswith('conv') for op in ops)
+    return not ops.isdisjoint(ORDERS | PARTS | {'view'} | (RESHAPES | {'flatten', 'squeeze', 'unsqueeze'} if laid else set()))
+
+@patch
+def unprobed(self:Finder, row, strided):
+    "Nobody may ask what follows the BatchNorm for what it answers otherwise without it, though it holds the same"
+    if not self.symbolic.probed: return
+    asked,seen,todo = set(),set(),[v for c in self.symbolic.calls if self.bn_of(c) == row.name for v in c.outs]
+    while todo:
+        if (v := todo.pop()) in seen: continue
+        seen.add(v)
+        asked |= self.symbolic.probed.get(v, set())
+        todo += [o for r in v.readers for o in r.outs]
+    if 'stride' in asked or strided and asked & {'is_contiguous', 'storage_offset', 'as_strided'}: raise Stop('what follows it is asked how it lies in memory')
+    trains = lambda *names: any(self.flow.tensors[n].requires_grad for n in names if n)
+    alike = not trains(*row.stats) or not row.absorbs[0].before and all(trains(a.weight, a.bias) for a in row.absorbs)
+    if asked & {'requires_grad', 'is_leaf'} and not alike: raise Stop('what follows it is asked whether it takes a gradient')
+
 @patch
 def best(self:Finder, row, calls, sides, confirm):
     "`row` with the absorbers on the first of `sides` that has some"
@@ -219,8 +241,9 @@ def best(self:Finder, row, calls, sides, confirm):
         try:
             new,ways = look(self, row, calls)
             if confirm: new = confirm(new, ways)
-            strided = not row.bare and any(c.op in ORDERS | PARTS | {'view'} for way in ways for c in way)
+            strided = not row.bare and any(_restrides(new, way) for way in ways)
             if strided and not confirm: raise Unknown('what follows it would meet a tensor with other strides')
+            self.unprobed(new, strided)
             return altered(new, strided=strided)
         except Stop as e: stops.append((side, e))
     kind = Unknown if any(isinstance(e, Unknown) for _,e in stops) else Stop

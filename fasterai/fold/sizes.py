@@ -7,12 +7,14 @@ __all__ = ['flows_at_other_sizes']
 
 # %% ../../nbs/08_fold.sizes.ipynb #51a00002
 from itertools import combinations, count, permutations
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
+from .apply import copied
 from .flow import mapped
-from .held import uncollected
+from .held import held_in, uncollected
 from .record import record_flow
 
 # %% ../../nbs/08_fold.sizes.ipynb #51a00005
@@ -23,6 +25,18 @@ def _sizes(n, grow):
     return [n*2, n*3, n*5] if grow else [max(n//2, 1), max(n*3//4, 1), 1]
 
 # %% ../../nbs/08_fold.sizes.ipynb #51a00008
+def _tied(shapes):
+    "Larger pictures, or signals, two of them: all their places, and with them what is as long as they are (a mask), or counts them (tokens); or all that is not the batch"
+    rank = max(map(len, shapes), default=0)
+    pictures = [s[2:] for s in shapes if len(s) == rank]
+    long,many = {n for p in pictures for n in p}, {prod(p) for p in pictures}
+    def tied(s, d, by):
+        if len(s) == rank: return by if d > 1 else 1
+        return by if s[d] in long else by**(rank-2) if s[d] in many else 1
+    for by in (2, 8)[:1 + (max(long, default=1) <= 64)]:
+        if max(many, default=1)*by**(rank-2) > 2**20: continue # of memory there is an end
+        for times in (tied, lambda s, d, by: by): yield {(i, d): n*times(s, d, by) if d else min(n, 2) for i,s in enumerate(shapes) for d,n in enumerate(s)}
+
 def _changes(shapes, grow):
     "What to try, until something of it runs; and what to try besides, in each case until one runs"
     together = {}
@@ -42,7 +56,8 @@ def _changes(shapes, grow):
     long = [alike | {g: g[1]*(16 if g[1] < 16 else 8)} for g in places if grow and g[1] < 64]
     alone = [{(i, d): m for (d,n),m in c.items() if n} for i,s in enumerate(shapes) if len(shapes) > 1
              for c in ({(d, n): _sizes(n, grow)[0] for d,n in enumerate(s) if d != 1}, *traded([*enumerate(s)]))]
-    besides = [*([to({g: 1})] for g in together), [*map(to, smallest)], *([to(s)] for s in long), *([s] for s in alone)]
+    tied = _tied(shapes) if grow else []
+    besides = [*([to({g: 1})] for g in together), [*map(to, smallest)], *([to(s)] for s in long), *([s] for s in (*alone, *tied))]
     return [[*map(to, changes)] for changes in until], besides
 
 def _resized(example, change):
@@ -62,6 +77,15 @@ def _longer(o):
     return o + o[-1:] if type(o) is list and o and all(isinstance(t, Tensor) for t in o) else type(o)(map(_longer, o))
 
 # %% ../../nbs/08_fold.sizes.ipynb #51a0000a
+def _on_cpu(model, example, known):
+    "A copy of them, if it runs there"
+    memo = {id(t): nn.Parameter(t.detach().cpu(), t.requires_grad) if isinstance(t, nn.Parameter) else t.detach().cpu() for t in held_in(model, Tensor)}
+    try:
+        new,args,kwargs = copied(model, memo), *mapped(example, Tensor, Tensor.cpu)
+        record_flow(new, args, kwargs, known)
+    except Exception: return None # it runs where it is, and can't be copied, or nowhere else
+    return new, (args, kwargs)
+
 @uncollected()
 def flows_at_other_sizes(
     model:nn.Module, # Run, without gradient, and left as it was
@@ -71,8 +95,10 @@ def flows_at_other_sizes(
 )->list: # Of `Flow`s
     "What `model` does at other sizes than the example's, wherever it runs"
     example,tensors,found = (args, kwargs),[],[]
+    grow = all(t.device.type == 'cpu' for t in (*held_in(model, Tensor), *held_in(example, Tensor)))
+    if not grow and (moved := _on_cpu(model, example, known)): (model,example),grow = moved,True
     mapped(example, Tensor, tensors.append)
-    until,besides = _changes([t.shape for t in tensors], grow=all(t.device.type == 'cpu' for t in tensors))
+    until,besides = _changes([t.shape for t in tensors], grow)
     def tried(example, change):
         try: return [record_flow(model, *_resized(example, change), known)[0]]
         except Exception: return [] # it takes no such input

@@ -66,6 +66,8 @@ def _is_given(v): return v.call is None and not v.name
 
 _sizes = METADATA - {'dtype', 'layout', 'stride', 'is_contiguous', 'requires_grad', 'is_leaf', 'grad_fn', 'is_floating_point', 'is_complex', 'is_cuda', 'is_meta', 'element_size'}
 
+_probes = {'stride', 'is_contiguous', 'storage_offset', 'as_strided', 'requires_grad', 'is_leaf'} # what a tensor that holds the same may answer otherwise
+
 def _is_size(node):
     "Is a number made of sizes alone, or a device, which changes no number?"
     asked = node.args[1] if node.target is getattr else node.target
@@ -106,6 +108,8 @@ class _Graph:
             return node
         op,inplace = _op_name(node)
         given = values_in((args, kwargs))
+        if op in _probes:
+            for v in given: self.flow.probed.setdefault(v, set()).add(op)
         if op in METADATA or not given:
             for v in given: v.asked = True
             return node if node.number or op in METADATA else Value()
