@@ -653,6 +653,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fasterai.fold.standin._answers_itself': ( 'fold.standin.html#_answers_itself',
                                                                                   'fasterai/fold/standin.py'),
                                        'fasterai.fold.standin._compares': ('fold.standin.html#_compares', 'fasterai/fold/standin.py'),
+                                       'fasterai.fold.standin._once': ('fold.standin.html#_once', 'fasterai/fold/standin.py'),
                                        'fasterai.fold.standin._writes': ('fold.standin.html#_writes', 'fasterai/fold/standin.py'),
                                        'fasterai.fold.standin.as_operation': ('fold.standin.html#as_operation', 'fasterai/fold/standin.py'),
                                        'fasterai.fold.standin.asked_again': ('fold.standin.html#asked_again', 'fasterai/fold/standin.py'),

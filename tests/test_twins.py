@@ -2,11 +2,13 @@
 import builtins, contextlib, functools, operator, sys, types
 from dataclasses import dataclass
 
-import einops, pytest, torch
+import einops, pytest, torch, torchvision
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 from torch.nn.utils import prune
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from fasterai.fold.verify import difference, run
 from fasterai.misc.bn_folding import BN_Folder, FoldError
@@ -163,7 +165,7 @@ keeps_with_example = dict(
     input_written_later=(lambda: (net(lambda m, x: m.fc(b.flatten(1)) if (y := x*1) is not None and (b := m.bn(y)) is not None and y.zero_() is not None else 0, bn=bn(), fc=lin(144)), x), 'may write into its input'),
     taken_out_by_numpy=(lambda: (net(lambda m, x: m.bn(c) + float(c.detach().numpy().sum()) if (c := m.conv(x)) is not None else 0, conv=conv(), bn=bn()), x), 'numpy'),
     other_way_on_other_data=(lambda: (net(lambda m, x: m.bn(m.conv(x)) if x.mean() > -9 else m.conv(x), conv=conv(), bn=bn()), x, ), ''),
-    other_way_for_another_size=(lambda: (Any(lambda m, x: m.bn(m.conv(x).relu() if x.shape[0] > 5 else m.conv(x)), conv=conv(), bn=bn()).double().eval(), x), 'chooses its way'),
+    other_way_for_another_size=(lambda: (Any(lambda m, x: m.bn(m.conv(x).relu() if x.shape[0] > 5 else m.conv(x)), conv=conv(), bn=bn()).double().eval(), x), 'another input may take another way'),
     kept_on_the_module=(lambda: (net(lambda m, x: m.bn(m.keep(m.conv(x))), conv=conv(), bn=bn(), keep=Keep()), x), 'also read'),
 )
 class Any(nn.Module):
@@ -247,6 +249,64 @@ def test_view_that_needs_the_batchnorms_strides():
     m = net(lambda m, x: m.bn(m.fc(x).transpose(1, 2)).view(3, -1), fc=lin(), bn=bn1())
     new, report = fold(m, torch.randn(3, 5, 4).double())
     assert norms(new) and 'strides' in report['bn'].why
+
+
+class Backbone(nn.Module):
+    "Whose parts another may use"
+    def __init__(self): super().__init__(); self.conv, self.bn, self.fc = conv(), bn(), lin()
+    def features(self, x): return self.bn(self.conv(x)).relu()
+    def forward(self, x): return self.fc(self.features(x).mean((2, 3)))
+reaching = dict(a_method=lambda m, x: m.body.features(x), its_layers=lambda m, x: m.body.bn(m.body.conv(x)).relu())
+
+@pytest.mark.parametrize('name', reaching)
+def test_a_parent_that_reaches_into_a_backbone(name):
+    for example in (False, True): assert not norms(fold(net(reaching[name], body=Backbone()), x, example=example)[0])
+    other = net(lambda m, x: m.body.bn(m.body.conv(x).relu()), body=Backbone())
+    for example in (False, True): assert norms(fold(other, x, example=example)[0])
+
+
+@pytest.mark.parametrize('example', [False, True])
+def test_torchvisions_frozen_batchnorm(example):
+    frozen = torchvision.ops.FrozenBatchNorm2d(4)
+    for t in frozen.buffers(): t.uniform_(.5, 2)
+    model = nn.Sequential(conv(), frozen, nn.ReLU(), conv()).double().eval()
+    new, report = fold(model, x, example=example)
+    assert report.folded == 1 and type(new[1]) is nn.Identity
+
+
+def of_some_kind(m, x):
+    y = m.norm(m.conv(x))
+    return m.end(y[0] if isinstance(y, (tuple, list)) else y)
+class Functional(nn.BatchNorm2d):
+    def forward(self, x): return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, self.momentum, self.eps)
+
+@pytest.mark.parametrize('example', [False, True])
+def test_what_a_batchnorm_gives_is_no_tuple(example):
+    assert not norms(fold(net(of_some_kind, conv=conv(), norm=Functional(4), end=conv()), x, example=example)[0])
+
+
+def by_a_block(m, x, **kw): return checkpoint(m.block, x, **kw)
+def by_a_function(m, x, **kw): return checkpoint(lambda y: m.block(y), x, **kw) if x.requires_grad else m.block(x)
+def by_parts(m, x, **kw): return checkpoint_sequential(m.block, 2, x, **kw)
+def by_its_module(m, x, **kw): return torch.utils.checkpoint.checkpoint(m.block, x, **kw)
+
+@pytest.mark.parametrize('reentrant', [False, True])
+@pytest.mark.parametrize('forward', [by_a_block, by_a_function, by_parts, by_its_module])
+def test_checkpoints(forward, reentrant):
+    for example in (False, True):
+        m = net(lambda m, x: forward(m, x, use_reentrant=reentrant), block=nn.Sequential(conv(), bn(), nn.ReLU(), conv()))
+        assert not norms(fold(m, x, example=example)[0])
+    other = net(lambda m, x: m.bn(checkpoint(m.block, x, use_reentrant=reentrant)), block=nn.Sequential(conv(), nn.ReLU()), bn=bn())
+    assert norms(fold(other, x, example=False)[0])
+
+
+class Doubled(TorchFunctionMode):
+    def __torch_function__(self, f, types, args=(), kwargs=None): return f(*args, **(kwargs or {}))*(2 if f is F.conv2d else 1)
+def test_a_checkpoint_in_a_context_of_its_own():
+    for example in (False, True):
+        m = net(lambda m, x: checkpoint(lambda y: m.bn(m.conv(y)), x, use_reentrant=False, context_fn=lambda: (Doubled(), Doubled())), conv=conv(), bn=bn())
+        new, _ = fold(m, x, example=example)
+        assert difference(m(x), new(x)).relative < 1e-12
 
 
 class Flat(nn.Module):

@@ -151,6 +151,28 @@ def test_what_a_forward_collects_and_nobody_looks_at(forward):
     for example in (True, False): assert fold(pair(forward), x, example=example)[1].folded == 1
 
 
+def joined(m, x, more=None): return torch.cat([m.bn(m.conv(x)), more], 1)
+def cast(m, x, more=None): return m.bn(m.conv(x)).relu() + more.to(x.dtype)
+def required(m, x, more=None):
+    if more is None: raise ValueError('more is needed')
+    return m.bn(m.conv(x)) + more
+def required_when_large(m, x, more=None):
+    if x.sum() > x.numel(): m.check(x, 'tensor' if more is None else more)
+    return m.conv(x) if more is None else m.bn(m.conv(x))
+def refused_by_what_it_catches(m, x, more=None):
+    if more is not None: return m.bn(m.conv(x))
+    try: n = np.ones(2)*np.asarray(x.detach()).ndim
+    except TypeError as e: raise ValueError('not for tensors') from e
+    return m.conv(x)*float(n[0])
+
+@pytest.mark.parametrize('forward,folds', [(joined, 1), (cast, 1), (required, 1), (required_when_large, 0), (refused_by_what_it_catches, 0)])
+def test_an_argument_that_may_be_left_out_and_is_needed(forward, folds):
+    for example in ((), (x, x)):
+        model, folder = pair(forward, check=OfOneMode()), BN_Folder()
+        same(model, folder.fold(model, *example), [(x, x), (x,)][:2 - folds])
+        assert folder.report.folded == folds
+
+
 def by_a_mode(m, x, mode='tensor'):
     if mode == 'tensor': return m.bn(m.conv(x)).relu()
     if mode == 'features': return m.bn(m.conv(x))

@@ -311,4 +311,6 @@ def read_written_out(
         if None in found or None in shapes: continue
         eps = {_eps_of(m, s) if len(s) > 1 else None for s in shapes}
         if len(eps) != 1 or None in eps: continue
-        for e,calls in zip(entries, found): flow.put([Call('batch_norm', (e.args[0], *own, False, 0., *eps), {}, calls[1].outs, e.stack)], calls)
+        for e,calls in zip(entries, found):
+            calls[1].outs[0].shape = e.args[0].shape
+            flow.put([Call('batch_norm', (e.args[0], *own, False, 0., *eps), {}, calls[1].outs, e.stack)], calls)

@@ -20,6 +20,7 @@ from torch._ops import OpOverloadPacket
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from .held import ATOMS, OWN, is_authors, package_of, remembered
 from .layers import LAYERS
@@ -116,15 +117,15 @@ def name_of(node):
     if custom := custom_op(node.target): return custom._qualified_op_name
     return _of(node)[0]
 
-MODULES = {'math', 'torch', 'einops'} # whose functions these are
+MODULES = {'math', 'torch', 'torch.utils.checkpoint', 'einops'} # whose functions these are
 PATTERNED = {'rearrange', 'reduce', 'repeat', 'einsum'}
 TENSORS = {'zeros', 'ones', 'empty', 'rand', 'randn', 'tensor', 'as_tensor', *PATTERNED} # which give tensors
-_single = {n: f for n,f in vars(math).items() if isinstance(f, BuiltinFunctionType)} | {n: getattr(torch, n) for n in (*TENSORS - PATTERNED, 'finfo', 'iinfo')}
+_single = {n: f for n,f in vars(math).items() if isinstance(f, BuiltinFunctionType)} | {n: getattr(torch, n) for n in (*TENSORS - PATTERNED, 'finfo', 'iinfo')} | {'checkpoint': checkpoint}
 
 def operations_in(
     space:dict, # A module's names
 )->dict: # By name
-    "The functions there which are one operation each, whatever numbers they are given"
+    "The functions there which are one operation each, whatever numbers they are given, and the one that computes again for the gradient"
     einops = vars(sys.modules['einops.einops']) if 'einops.einops' in sys.modules else {}
     return {n: f for n,f in (_single | {n: einops[n] for n in PATTERNED if n in einops and package_of(einops[n]) == 'einops'}).items() if space.get(n) is f}
 

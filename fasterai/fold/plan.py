@@ -293,13 +293,13 @@ def in_all_ways(
     odd = {c.module for c in symbolic.calls if c.op == 'batch_norm' and c.args[5] is not False}
     def of(name):
         def check(row, ways):
+            if name in rows and rows[name].folded and row.same(rows[name]): return altered(row, alone=rows[name].alone) # proven for every way that there is
             if name in odd: raise Stop('it does not always use its running statistics')
             for n in filter(None, (*row.stats, *(n for a in row.absorbs for n in (a.weight, a.bias)))):
                 if other := symbolic.params[n].outside or min((naming(s[0]) for s in more(callers(symbolic, n), callers(flow, n))), default=''): raise Stop(f'`{n}` is also read by {other}, in another way than this run took')
             private = {m for way in ways for m in _involved(way)[1]} # nobody else is to call
             for n in sorted({*filter(None, (row.through, row.joins and row.name)), *private}):
                 if others := more(runs[symbolic].get(n, set()), runs[flow].get(n, set())): raise Stop(f'{naming(n)} is also called by {naming(min(others)[0])}, in another way than this run took')
-            if name in rows and rows[name].folded and row.same(rows[name]): return altered(row, alone=rows[name].alone)
             unseen = row.module not in unfollowed and row.module not in runs[symbolic] # the code was followed, and did not go where the run went
             for way in ways:
                 inside,_,shared = _involved(way)

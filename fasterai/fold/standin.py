@@ -7,13 +7,14 @@ __all__ = ['OURS', 'INPLACE', 'Opaque', 'asked_again', 'none_swallowed', 'Imposs
            'StandIn', 'Weight', 'is_instance', 'length', 'type_of_any', 'Reads', 'as_operation', 'nodes_in', 'phi']
 
 # %% ../../nbs/03_fold.standin.ipynb #7fc015d3
-import builtins,dis,functools,math,operator,sys
+import builtins,dis,functools,inspect,math,operator,sys
 from abc import ABCMeta
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
+from torch.utils.checkpoint import checkpoint
 
 from .code import is_message, unpacked
 from .flow import values_in
@@ -205,9 +206,18 @@ class Reads(TorchFunctionMode):
             for t,old in self.saved.values(): t.detach().copy_(old)
 
 # %% ../../nbs/03_fold.standin.ipynb #5507a88f
+_of_checkpoint = {*inspect.signature(checkpoint).parameters} - {'function', 'args', 'kwargs'}
+
+def _once(function, *args, **options):
+    "`torch.utils.checkpoint.checkpoint`, which computes the same in a forward pass. A context of the caller's may do more"
+    if 'context_fn' in options: return checkpoint(function, *args, **options)
+    return function(*args, **{n: o for n,o in options.items() if n not in _of_checkpoint})
+_once.stands_for = checkpoint
+
 @functools.lru_cache(None)
 def as_operation(f):
     "What writes down a call of `f` with stand-ins as one operation. What gives a number takes nothing but numbers"
+    if f is checkpoint: return _once
     numeric = f.__name__ not in TENSORS
     def operation(*args, **kwargs):
         given = values_in([args, kwargs], fx.Proxy)

@@ -222,7 +222,8 @@ def _trace_root(m, flow, names, opaque, refused):
                 try: tracers.append(trace_ways(m, names, flow.names, opaque, variant))
                 except Impossible: continue
                 except Opaque as e:
-                    if not (e.__cause__ and any(way is None and (p.default is p.empty or type(e) is Refused) for p,way in variant)): raise # no tensor at all is given, and that is an error; or `None` where a value is asked for
+                    none = [p for p,way in variant if way is None or way == 'default' and p.default is None]
+                    if not (e.__cause__ and none and (type(e) is Refused or any(p.default is p.empty for p in none))): raise # no tensor at all is given, or `None` where there has to be something: that is an error
             if tracers: return tracers
             why = 'no way of calling it is possible'
         except Opaque as e:

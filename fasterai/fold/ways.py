@@ -150,7 +150,7 @@ def ways(self:_Tracer, m, args, kwargs):
             self.passes.append(Pass(tuple(self.stack), given, nodes_in(outs[-1]), slice(start[0], len(self.nodes)), slice(start[1], len(self.calls))))
             if before and choices: ends.append(Left(m, (args, kwargs), read.others))
         except Exception as e:
-            if not (choices and was_raised(e)): raise (Refused if was_raised(e) and self.is_certain() else Opaque)(m, f"no stand-in for its input goes through it ({(str(e).strip() or type(e).__name__).splitlines()[0]})", choice=False) from e
+            if not (choices and was_raised(e)): raise (Refused if (was_raised(e) or 'NoneType' in str(e)) and self.is_certain() else Opaque)(m, f"no stand-in for its input goes through it ({(str(e).strip() or type(e).__name__).splitlines()[0]})", choice=False) from e
         finally: self.frames.pop()
         while choices and not choices[-1]: choices.pop()
         if not choices: break
