@@ -79,8 +79,9 @@ def _longer(o):
 # %% ../../nbs/08_fold.sizes.ipynb #51a0000a
 def _on_cpu(model, example, known):
     "A copy of them, if it runs there"
-    memo = {id(t): nn.Parameter(t.detach().cpu(), t.requires_grad) if isinstance(t, nn.Parameter) else t.detach().cpu() for t in held_in(model, Tensor)}
+    moved = lambda t: nn.Parameter(t.detach().cpu(), t.requires_grad) if isinstance(t, nn.Parameter) else t.detach().cpu()
     try:
+        memo = {id(t): moved(t) for t in held_in(model, Tensor)}
         new,args,kwargs = copied(model, memo), *mapped(example, Tensor, Tensor.cpu)
         record_flow(new, args, kwargs, known)
     except Exception: return None # it runs where it is, and can't be copied, or nowhere else
