@@ -280,9 +280,32 @@ def of_some_kind(m, x):
 class Functional(nn.BatchNorm2d):
     def forward(self, x): return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, self.momentum, self.eps)
 
+tensors = dict(part=lambda m, x: x[:, :4], parts=lambda m, x: torch.cat([x[:, :2] + 1, x[:, 2:]], 1), scaled=lambda m, x: x*m.gamma, laid_out=lambda m, x: x.view(x.shape[0], 2, 2, x.shape[2], x.shape[3]).transpose(1, 2).reshape(x.shape))
+class Kept(nn.Module):
+    def __init__(self, f): super().__init__(); self.f, self.gamma = f, nn.Parameter(torch.ones(4, 1, 1))
+    def forward(self, x): return self.f(self, x)
+
+@pytest.mark.parametrize('example', [False, True])
+@pytest.mark.parametrize('name', tensors)
+def test_what_comes_of_a_tensor_is_no_tuple(name, example):
+    assert not norms(fold(net(lambda m, x: of_some_kind(m, m.bn(m.first(x))), first=conv(), bn=bn(), conv=conv(), norm=Kept(tensors[name]), end=conv()), x, example=example)[0])
+
+
 @pytest.mark.parametrize('example', [False, True])
 def test_what_a_batchnorm_gives_is_no_tuple(example):
     assert not norms(fold(net(of_some_kind, conv=conv(), norm=Functional(4), end=conv()), x, example=example)[0])
+
+
+ranks = dict(by_name=lambda m, z: F.linear(weight=m.fc.weight, input=z), relu=lambda m, z: F.prelu(weight=m.fc.weight[0, :1], input=z), as_bytes=lambda m, z: z.view(torch.int64), by_a_shape=lambda m, z: z.reshape(z.shape), by_a_mask=lambda m, z: z[z > 0],
+             by_numbers=lambda m, z: z[[0, 1]], by_a_switch=lambda m, z: z[True], new_axes=lambda m, z: z[..., None, 0])
+
+@pytest.mark.parametrize('name', ranks)
+def test_how_many_axes_there_are(name):
+    "A way is chosen by what the trace knows of that, or by none"
+    for n in range(1, 6):
+        for example in ((), (x,)):
+            m = net(lambda m, x: m.bn(z) if len(ranks[name](m, (z := m.conv(x)).transpose(1, 3)).shape) == n else z.relu()*2, conv=conv(), bn=bn(), fc=lin(4, 4))
+            assert difference(run(m, (x,), {}), run(BN_Folder().fold(m, *example), (x,), {})).relative < 1e-12
 
 
 def by_a_block(m, x, **kw): return checkpoint(m.block, x, **kw)

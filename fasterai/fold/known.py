@@ -142,17 +142,30 @@ def _rank_of_pattern(node):
     return len(right.split()) if arrow and not {'.', '…'} & {*right} else None
 
 _ranks = {nn.Conv1d: 3, nn.Conv2d: 4, nn.BatchNorm2d: 4, nn.Conv3d: 5, nn.BatchNorm3d: 5}
-_keep_rank = {'linear', 'batch_norm', 'relu', 'relu_', 'relu6', 'prelu', 'leaky_relu', 'elu', 'gelu', 'silu', 'mish', 'hardswish', 'hardtanh', 'sigmoid', 'tanh', 'dropout', 'contiguous', 'interpolate',
+_keep_rank = {'linear', 'batch_norm', 'instance_norm', 'group_norm', 'layer_norm', 'relu', 'relu_', 'relu6', 'prelu', 'leaky_relu', 'elu', 'gelu', 'silu', 'mish', 'hardswish', 'hardtanh', 'hardsigmoid', 'sigmoid', 'tanh',
+              'softmax', 'dropout', 'clamp', 'contiguous', 'clone', 'detach', 'float', 'to', 'interpolate', 'pad', 'transpose', 'permute', 'pixel_shuffle', 'adaptive_avg_pool1d', 'adaptive_avg_pool2d', 'adaptive_avg_pool3d',
               'max_pool1d', 'max_pool2d', 'max_pool3d', 'avg_pool1d', 'avg_pool2d', 'avg_pool3d'}
 
-_broadcasts = {'cat', 'add', 'sub', 'mul', 'truediv', 'iadd', 'isub', 'imul', 'itruediv'}
+_broadcasts = {'cat', 'add', 'sub', 'mul', 'truediv', 'add_', 'mul_', 'iadd', 'isub', 'imul', 'itruediv'}
+
+def _rank_of_part(node):
+    rank,index = rank_of(node.inputs[0]), node.args[1]
+    index = index if isinstance(index, tuple) else (index,)
+    plain = all(i is None or i is Ellipsis or type(i) is int or isinstance(i, slice) for i in index)
+    return rank - sum(type(i) is int for i in index) + sum(i is None for i in index) if plain and rank is not None else None
+
+def _rank_of_sizes(node):
+    sizes = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (tuple, list)) else node.args[1:]
+    return len(sizes) if all(type(n) is int or type(n) is type(node) and n.number for n in sizes) and (len(sizes) > 1 or sizes is node.args[1]) else None # one alone may be all of a shape
 
 def _rank(node):
     if name_of(node).startswith('einops.'): return _rank_of_pattern(node)
     m = _layer(node)
     if m and type(m) is not nn.ReLU: return next((n for kind,n in _ranks.items() if isinstance(m, kind)), None)
     if not m and name_of(node) in LAYERS and (n := LAYERS[name_of(node)].spatial): return n+2
-    inputs = node.inputs[:1] if m or name_of(node) in _keep_rank else node.inputs[1:2] if name_of(node) == 'expand_as' else node.inputs if name_of(node) in _broadcasts else []
+    if name_of(node) == 'getitem' and not node.number: return _rank_of_part(node)
+    if name_of(node) in ('view', 'reshape'): return _rank_of_sizes(node)
+    inputs = [o for o in node.args[:1] if type(o) is type(node)] if m or name_of(node) in _keep_rank else node.inputs[1:2] if name_of(node) == 'expand_as' else node.inputs if name_of(node) in _broadcasts else []
     ranks = [rank_of(n) for n in inputs if not n.number]
     return None if None in ranks else max(ranks, default=None)
 
