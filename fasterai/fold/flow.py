@@ -167,7 +167,7 @@ class Flow:
         self.apart = set() # modules that may be called without the `nn.Sequential` that they are in
         self.looping = set() # modules that can't be followed, and do something as often as they are given something
         self.branches,self.undecided,self.askers = set(),set(),set() # modules that choose their way; those that may, and can't be followed; those that ask for a shape, and might
-        self.probed = {} # what is asked of a value besides its shape and dtype
+        self.probed = set() # what the code asks of tensors besides their shapes and dtypes
         self.traces = [] # what a symbolic trace needs to be done again
         self.takes_bias = lambda name: False # does the code of a layer that has no bias use one, in all its ways? A trace can say
         self.failed,self.unknown = {},{} # modules that could not be traced, and why; what those can reach, and from where
@@ -308,7 +308,7 @@ def read_written_out(
         own = [flow.params[flow.names[t]] for t in held]
         found = [_written_out(flow, name, e, own) for e in entries]
         shapes = [e.args[0].shape for e in entries if e.args]
-        if None in found or None in shapes: continue
+        if None in found or None in shapes or any(len(s) > 1 and s[1] not in (None, len(m.running_mean)) for s in shapes): continue
         eps = {_eps_of(m, s) if len(s) > 1 else None for s in shapes}
         if len(eps) != 1 or None in eps: continue
         for e,calls in zip(entries, found):

@@ -142,8 +142,8 @@ def _rank_of_pattern(node):
     return len(right.split()) if arrow and not {'.', '…'} & {*right} else None
 
 _ranks = {nn.Conv1d: 3, nn.Conv2d: 4, nn.BatchNorm2d: 4, nn.Conv3d: 5, nn.BatchNorm3d: 5}
-_keep_rank = {'linear', 'batch_norm', 'instance_norm', 'group_norm', 'layer_norm', 'relu', 'relu_', 'relu6', 'prelu', 'leaky_relu', 'elu', 'gelu', 'silu', 'mish', 'hardswish', 'hardtanh', 'hardsigmoid', 'sigmoid', 'tanh',
-              'softmax', 'dropout', 'clamp', 'contiguous', 'clone', 'detach', 'float', 'to', 'interpolate', 'pad', 'transpose', 'permute', 'pixel_shuffle', 'adaptive_avg_pool1d', 'adaptive_avg_pool2d', 'adaptive_avg_pool3d',
+_keep_rank = {'batch_norm', 'instance_norm', 'group_norm', 'layer_norm', 'relu', 'relu_', 'relu6', 'prelu', 'leaky_relu', 'elu', 'gelu', 'silu', 'mish', 'hardswish', 'hardtanh', 'hardsigmoid', 'sigmoid', 'tanh',
+              'softmax', 'dropout', 'contiguous', 'clone', 'detach', 'float', 'to', 'interpolate', 'pad', 'transpose', 'permute', 'pixel_shuffle', 'adaptive_avg_pool1d', 'adaptive_avg_pool2d', 'adaptive_avg_pool3d',
               'max_pool1d', 'max_pool2d', 'max_pool3d', 'avg_pool1d', 'avg_pool2d', 'avg_pool3d'}
 
 _broadcasts = {'cat', 'add', 'sub', 'mul', 'truediv', 'add_', 'mul_', 'iadd', 'isub', 'imul', 'itruediv'}
@@ -155,8 +155,10 @@ def _rank_of_part(node):
     return rank - sum(type(i) is int for i in index) + sum(i is None for i in index) if plain and rank is not None else None
 
 def _rank_of_sizes(node):
-    sizes = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (tuple, list)) else node.args[1:]
-    return len(sizes) if all(type(n) is int or type(n) is type(node) and n.number for n in sizes) and (len(sizes) > 1 or sizes is node.args[1]) else None # one alone may be all of a shape
+    one = len(node.args) == 2
+    sizes = node.args[1] if one and isinstance(node.args[1], (tuple, list)) else node.args[1:]
+    plain = all(type(n) is int or type(n) is type(node) and n.number for n in sizes)
+    return len(sizes) if plain and sizes and not (one and sizes is not node.args[1]) else None # one number alone may be all of a shape
 
 def _rank(node):
     if name_of(node).startswith('einops.'): return _rank_of_pattern(node)
@@ -165,6 +167,7 @@ def _rank(node):
     if not m and name_of(node) in LAYERS and (n := LAYERS[name_of(node)].spatial): return n+2
     if name_of(node) == 'getitem' and not node.number: return _rank_of_part(node)
     if name_of(node) in ('view', 'reshape'): return _rank_of_sizes(node)
+    if name_of(node) == 'linear': return rank_of(node.inputs[0]) if len(node.args) > 1 and rank_of(node.args[1]) == 2 else None
     inputs = [o for o in node.args[:1] if type(o) is type(node)] if m or name_of(node) in _keep_rank else node.inputs[1:2] if name_of(node) == 'expand_as' else node.inputs if name_of(node) in _broadcasts else []
     ranks = [rank_of(n) for n in inputs if not n.number]
     return None if None in ranks else max(ranks, default=None)

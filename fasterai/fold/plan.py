@@ -220,18 +220,12 @@ def _restrides(row, way):
 
 @patch
 def unprobed(self:Finder, row, strided):
-    "Nobody may ask what follows the BatchNorm for what it answers otherwise without it, though it holds the same"
-    if not self.symbolic.probed: return
-    asked,seen,todo = set(),set(),[v for c in self.symbolic.calls if self.bn_of(c) == row.name for v in c.outs]
-    while todo:
-        if (v := todo.pop()) in seen: continue
-        seen.add(v)
-        asked |= self.symbolic.probed.get(v, set())
-        todo += [o for r in v.readers for o in r.outs]
-    if 'stride' in asked or strided and asked & {'is_contiguous', 'storage_offset', 'as_strided'}: raise Stop('what follows it is asked how it lies in memory')
+    "Nobody may ask a tensor for what that of a layer answers otherwise than a BatchNorm's, though it holds the same"
+    asked = self.symbolic.probed
+    if 'stride' in asked or strided and asked & {'is_contiguous', 'storage_offset', 'as_strided'}: raise Stop("the model's code asks how a tensor lies in memory")
     trains = lambda *names: any(self.flow.tensors[n].requires_grad for n in names if n)
     alike = not trains(*row.stats) or not row.absorbs[0].before and all(trains(a.weight, a.bias) for a in row.absorbs)
-    if asked & {'requires_grad', 'is_leaf'} and not alike: raise Stop('what follows it is asked whether it takes a gradient')
+    if asked & {'requires_grad', 'is_leaf', 'grad_fn'} and not alike: raise Stop("the model's code asks whether a tensor takes a gradient")
 
 @patch
 def best(self:Finder, row, calls, sides, confirm):

@@ -4,22 +4,24 @@
 
 # %% auto #0
 __all__ = ['OURS', 'INPLACE', 'Opaque', 'asked_again', 'none_swallowed', 'Impossible', 'Refused', 'Node', 'Place', 'Number',
-           'StandIn', 'Weight', 'is_instance', 'length', 'type_of_any', 'Reads', 'as_operation', 'nodes_in', 'phi']
+           'StandIn', 'Weight', 'is_instance', 'length', 'type_of_any', 'Reads', 'as_operation', 'nodes_in', 'phi',
+           'Tracer']
 
 # %% ../../nbs/03_fold.standin.ipynb #7fc015d3
-import builtins,dis,functools,inspect,math,operator,sys
+import builtins,dis,functools,inspect,math,operator,sys,threading,weakref
 from abc import ABCMeta
 from contextlib import contextmanager
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils.checkpoint import checkpoint
 
 from .code import is_message, unpacked
 from .flow import values_in
-from .held import package_of_frame
-from .known import METADATA, PATTERNED, TENSORS, giver, is_given, length_of, rank_of, type_of, types_of
+from .held import package_of_frame, random_state
+from .known import METADATA, PATTERNED, TENSORS, content_of, giver, is_given, is_number, length_of, rank_of, type_of, types_of
 
 # %% ../../nbs/03_fold.standin.ipynb #d5633f0a
 class Opaque(BaseException): # not an Exception: no `try` in a `forward` may swallow it
@@ -46,7 +48,7 @@ class Impossible(Opaque):
     "No call with these arguments goes through"
 
 class Refused(Opaque):
-    "A `raise` in the code ends every call with these arguments, or what a stand-in is not able to do made it"
+    "The code itself ends every call with these arguments"
 
 # %% ../../nbs/03_fold.standin.ipynb #2b270f44
 class Node:
@@ -233,3 +235,75 @@ def nodes_in(tree): return [p.node for p in values_in(tree, fx.Proxy)]
 
 def phi(*ways):
     "Stands in a graph for the value of one of several ways"
+
+# %% ../../nbs/03_fold.standin.ipynb #1e5b1442
+_in_autocast = torch._C._is_any_autocast_enabled # a trace puts another in its place
+def _modes(): return torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
+
+class Tracer(fx.proxy.TracerBase):
+    "Goes through a part of a model and all that it calls, but for the `opaque` modules"
+    def __init__(self, names, params, opaque, random):
+        self.names,self.params,self.opaque,self.random = names,params,opaque,random # `random`: the state of the generators, if no number may be drawn
+        self.thread,self.autocast,self.modes = threading.get_ident(),_in_autocast(),None
+        self.began = random_state()
+        self.stack,self.frames,self.tries = [],[],0 # the modules that it is in; the choices of each
+        self.nodes,self.calls,self.passes = [],[],[]
+        self.read,self.branched,self.decided,self.settings = set(),set(),[],[] # parameters; modules with several ways; the values that chose
+        self.proxies,self.made = {},[] # stand-ins: of parameters, and all
+        self.readings,self.prepared,self.memory,self.patched = {},set(),None,[]
+        self.modules_made = weakref.WeakSet() # by a `forward`
+        self.writing,self.holding = {},{} # what each module may write; what each holds
+
+    def begin(self): self.modes = _modes() # with its own, but for those of the `forward`
+    def module(self, name): return next(m for m,n in self.names.items() if n == name)
+    def here(self): return self.module(self.stack[-1])
+    def is_certain(self): return not (any(choices for choices,_ in self.frames) or any(len(p.stack) == 1 for p in self.passes)) # no other way has been gone to get here
+
+# %% ../../nbs/03_fold.standin.ipynb #07c2f2d0
+@patch
+def create_node(self:Tracer, kind, target, args, kwargs, name=None, type_expr=None):
+    if _in_autocast() != self.autocast: raise Opaque(self.here(), 'it switches autocast on or off')
+    if any(now > was for now,was in zip(_modes(), self.modes)): raise Opaque(self.here(), 'it runs in a mode of its own')
+    if len(self.nodes) > 100_000 + 1000*len(self.names): raise Opaque(self.here(), 'it loops over its input', choice=False) # as an old iterator does, until an index is no more
+    node = Node(kind, target, args, kwargs, tuple(self.stack))
+    self.nodes.append(node)
+    return node
+
+@patch
+def create_proxy(self:Tracer, kind, target, args, kwargs): return self.proxy(self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs) if kwargs else {}))
+
+@patch
+def create_arg(self:Tracer, a):
+    kind = type(a)
+    if kind is StandIn or issubclass(kind, fx.Proxy): return a.node
+    if kind in (tuple, list): return kind([self.create_arg(o) for o in a])
+    if not issubclass(kind, Tensor): return fx.proxy.TracerBase.create_arg(self, a)
+    p = self.stand_in(a)
+    return p.node if issubclass(type(p), fx.Proxy) else self.create_node('get_attr', '', content_of(a), {})
+
+@patch
+def proxy(self:Tracer, node):
+    node.number = is_number(node)
+    if node.op != 'placeholder' and giver(node): self.no_none(self.stack[-1])
+    return self.made_one((Number if node.number else StandIn)(node, self))
+
+@patch
+def made_one(self:Tracer, proxy):
+    self.made.append(weakref.ref(proxy))
+    return proxy
+
+@patch
+def stand_in(self:Tracer, t):
+    "What stands for a tensor of the model, or `t` itself"
+    if (name := self.params.get(t)) is None: return t
+    if name not in self.proxies: self.proxies[name] = self.made_one(Weight(self.create_node('get_attr', name, (), {}), self, t))
+    return self.proxies[name]
+
+@patch
+def still_held(self:Tracer, out, collect):
+    "What the stand-ins stand for that something besides what is seen in `out` still holds when the trace is over: a later call could meet them"
+    self.proxies.clear()
+    given = {*nodes_in(out)}
+    alive = lambda: [p.node for ref in self.made if (p := ref()) is not None and p.node not in given]
+    if alive(): collect()
+    return alive()

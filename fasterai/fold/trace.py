@@ -19,9 +19,9 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from .choices import may_choose, may_loop
 from .computed import writing
 from .reach import taken_apart
-from .code import KINDS_ASKED, reading, runs_apart, variants
+from .code import KINDS_ASKED, functions_of, reading, runs_apart, variants
 from .flow import Entry, Flow, Value, altered, mapped, naming, read_written_out, tensors_of, under, values_in
-from .held import held_in, uncollected
+from .held import codes_in, held_in, uncollected
 from .left import meets, read, shared_by
 from .known import METADATA, called_plainly, custom_op, is_foreign, is_plain, known_layer, name_of, plain_batchnorm, type_of
 from .layers import LAYERS, layer_call
@@ -66,7 +66,7 @@ def _is_given(v): return v.call is None and not v.name
 
 _sizes = METADATA - {'dtype', 'layout', 'stride', 'is_contiguous', 'requires_grad', 'is_leaf', 'grad_fn', 'is_floating_point', 'is_complex', 'is_cuda', 'is_meta', 'element_size'}
 
-_probes = {'stride', 'is_contiguous', 'storage_offset', 'as_strided', 'requires_grad', 'is_leaf'} # what a tensor that holds the same may answer otherwise
+_probes = {'stride', 'is_contiguous', 'storage_offset', 'as_strided', 'requires_grad', 'is_leaf', 'grad_fn'} # what a tensor that holds the same may answer otherwise
 
 def _is_size(node):
     "Is a number made of sizes alone, or a device, which changes no number?"
@@ -108,8 +108,7 @@ class _Graph:
             return node
         op,inplace = _op_name(node)
         given = values_in((args, kwargs))
-        if op in _probes:
-            for v in given: self.flow.probed.setdefault(v, set()).add(op)
+        if op in _probes: self.flow.probed.add(op)
         if op in METADATA or not given:
             for v in given: v.asked = True
             return node if node.number or op in METADATA else Value()
@@ -218,12 +217,14 @@ def _trace_root(m, flow, names, opaque, refused):
                 raise Opaque(m, 'it has no `forward`')
             if not called_plainly(m): raise Opaque(m, 'it has a `__call__` of its own')
             if m in refused: raise Opaque(m, refused[m])
-            for variant in variants(m):
+            for variant in (possible := variants(m)):
                 try: tracers.append(trace_ways(m, names, flow.names, opaque, variant))
                 except Impossible: continue
                 except Opaque as e:
                     none = [p for p,way in variant if way is None or way == 'default' and p.default is None]
                     if not (e.__cause__ and none and (type(e) is Refused or any(p.default is p.empty for p in none))): raise # no tensor at all is given, or `None` where there has to be something: that is an error
+            left = [t.left for t in tracers] + [{}]*(len(tracers) < len(possible)) # what ends in an error leaves nothing
+            if any(o != left[0] for o in left): raise Opaque(m, 'what it leaves behind depends on its way')
             if tracers: return tracers
             why = 'no way of calling it is possible'
         except Opaque as e:
@@ -251,7 +252,7 @@ def _left_apart(flow, refused):
     untraced = {m for m in names if names[m] in flow.failed} | hooked
     if not untraced: return {}
     traced = [{flow.modules[name], *(flow.modules[stack[-1]] for stack,*_ in tracer.calls)} for name,_,tracer in flow.traces]
-    seen_to_write = set().union(*(t for t,(*_,tracer) in zip(traced, flow.traces) if tracer.wrote))
+    seen_to_write = set().union(*(t for t,(*_,tracer) in zip(traced, flow.traces) if tracer.left))
     writers,found = [(m, w, shared_by(m, hooked=True)) for m,w in writing(names) if m in untraced | seen_to_write or w.others], {}
     for o in names if writers else ():
         if o in refused or names[o] in flow.failed: continue
@@ -295,6 +296,7 @@ def _trace_all(model, opaque, refused):
             _Graph(flow, tracer)
     flow.branches |= _choosing([tracer for *_,tracer in flow.traces], {n for n,m in flow.modules.items() if type(m).forward is nn.Sequential.forward})
     flow.undecided |= {names[m] for m in names if runs_apart(m)}
+    flow.probed |= {n for name in flow.failed for f in functions_of(flow.modules[name]) for c in codes_in(f.__code__) for n in c.co_names} & _probes - {'stride'} # which a layer has, too
     for m in names:
         if m._forward_hooks or m._forward_pre_hooks: # a hook is given its module, and may use what is in it, and what it holds itself
             _may_reach(flow, m, names, but=m if not m._modules else None)

@@ -6,30 +6,28 @@
 __all__ = ['Pass', 'trace_ways']
 
 # %% ../../nbs/04_fold.ways.ipynb #a40c51dd
-import builtins,functools,operator,sys,threading,weakref
+import builtins,functools,operator,sys,threading
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FunctionType, MethodType
 from typing import NamedTuple
 
-import torch
-from torch import Tensor, fx, nn
 from fastcore.basics import patch
+from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
 from .code import KINDS_ASKED, MAX_WAYS, STATES, asked_for_none, is_state, reading, was_raised
-from .flow import naming, values_in
+from .flow import naming
 from .held import ATOMS, codes_in, held_in, own_attributes, package_of, package_of_frame, random_state, same_random_state, young_garbage
-from .known import METADATA, MODULES, called_plainly, content_of, given_out, giver, is_number, known_layer, length_of, operations_in, plain_batchnorm, settings_of
+from .known import MODULES, called_plainly, given_out, giver, known_layer, length_of, operations_in, plain_batchnorm, settings_of
 from .left import Left, Written, held_by, read, shared_by, written
 from .memory import alike, copied, told, untouched
-from .standin import Impossible, Node, Number, Opaque, Reads, Refused, StandIn, Weight, asked_again, as_operation, is_instance, length, nodes_in, none_swallowed, phi, type_of_any, OURS
+from .standin import Impossible, Opaque, Reads, Refused, Tracer, as_operation, is_instance, length, nodes_in, none_swallowed, phi, type_of_any, OURS
 
-# %% ../../nbs/04_fold.ways.ipynb #1e5b1442
+# %% ../../nbs/04_fold.ways.ipynb #9d41c0e2
 _max_choices = 12
-_in_autocast = torch._C._is_any_autocast_enabled # a trace puts another in its place
-def _modes(): return torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
 _plain_python = {*sys.stdlib_module_names, 'numpy'} # in whose modules nothing is put
+_caught = AttributeError, ImportError, LookupError, StopIteration # by Python itself, as for a `hasattr` or a loop
 
 class Pass(NamedTuple):
     "One way through a module: the nodes that it was given and those that it gave, and where its own are among all that was done"
@@ -39,75 +37,9 @@ class Pass(NamedTuple):
     nodes:slice
     calls:slice
 
-class _Tracer(fx.proxy.TracerBase):
-    "Goes through a part of a model and all that it calls, but for the `opaque` modules"
-    def __init__(self, names, params, opaque, random):
-        self.names,self.params,self.opaque,self.random = names,params,opaque,random # `random`: the state of the generators, if no number may be drawn
-        self.thread,self.autocast,self.modes = threading.get_ident(),_in_autocast(),None
-        self.stack,self.frames,self.tries = [],[],0 # the modules that it is in; the choices of each
-        self.nodes,self.calls,self.passes = [],[],[]
-        self.read,self.branched,self.decided,self.settings = set(),set(),[],[] # parameters; modules with several ways; the values that chose
-        self.proxies,self.made = {},[] # stand-ins: of parameters, and all
-        self.readings,self.prepared,self.memory,self.patched = {},set(),None,[]
-        self.modules_made = weakref.WeakSet() # by a `forward`
-        self.writing,self.holding = {},{} # what each module may write; what each holds
-
-    def module(self, name): return next(m for m,n in self.names.items() if n == name)
-    def here(self): return self.module(self.stack[-1])
-    def is_certain(self): return not (any(choices for choices,_ in self.frames) or any(len(p.stack) == 1 for p in self.passes)) # no other way has been gone to get here
-
-# %% ../../nbs/04_fold.ways.ipynb #07c2f2d0
-@patch
-def create_node(self:_Tracer, kind, target, args, kwargs, name=None, type_expr=None):
-    if _in_autocast() != self.autocast: raise Opaque(self.here(), 'it switches autocast on or off')
-    if any(now > was for now,was in zip(_modes(), self.modes)): raise Opaque(self.here(), 'it runs in a mode of its own')
-    if len(self.nodes) > 100_000 + 1000*len(self.names): raise Opaque(self.here(), 'it loops over its input', choice=False) # as an old iterator does, until an index is no more
-    node = Node(kind, target, args, kwargs, tuple(self.stack))
-    self.nodes.append(node)
-    return node
-
-@patch
-def create_proxy(self:_Tracer, kind, target, args, kwargs): return self.proxy(self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs) if kwargs else {}))
-
-@patch
-def create_arg(self:_Tracer, a):
-    kind = type(a)
-    if kind is StandIn or issubclass(kind, fx.Proxy): return a.node
-    if kind in (tuple, list): return kind([self.create_arg(o) for o in a])
-    if not issubclass(kind, Tensor): return fx.proxy.TracerBase.create_arg(self, a)
-    p = self.stand_in(a)
-    return p.node if issubclass(type(p), fx.Proxy) else self.create_node('get_attr', '', content_of(a), {})
-
-@patch
-def proxy(self:_Tracer, node):
-    node.number = is_number(node)
-    if node.op != 'placeholder' and giver(node): self.no_none(self.stack[-1])
-    return self.made_one((Number if node.number else StandIn)(node, self))
-
-@patch
-def made_one(self:_Tracer, proxy):
-    self.made.append(weakref.ref(proxy))
-    return proxy
-
-@patch
-def stand_in(self:_Tracer, t):
-    "What stands for a tensor of the model, or `t` itself"
-    if (name := self.params.get(t)) is None: return t
-    if name not in self.proxies: self.proxies[name] = self.made_one(Weight(self.create_node('get_attr', name, (), {}), self, t))
-    return self.proxies[name]
-
-@patch
-def still_held(self:_Tracer, out, collect):
-    "What the stand-ins stand for that something besides what is seen in `out` still holds when the trace is over: a later call could meet them"
-    self.proxies.clear()
-    given = {*nodes_in(out)}
-    alive = lambda: [p.node for ref in self.made if (p := ref()) is not None and p.node not in given]
-    if alive(): collect()
-    return alive()
-
 # %% ../../nbs/04_fold.ways.ipynb #216112a7
 @patch
-def choose(self:_Tracer):
+def choose(self:Tracer):
     "True, and in another way False"
     if not self.frames: raise Opaque(self.here(), 'it needs a number that depends on its input')
     choices,taken = frame = self.frames[-1]
@@ -117,17 +49,17 @@ def choose(self:_Tracer):
     return choices[taken]
 
 @patch
-def to_bool(self:_Tracer, obj):
+def to_bool(self:Tracer, obj):
     self.decided.append(obj.node)
     return self.choose()
 
 @patch
-def iter(self:_Tracer, obj):
+def iter(self:Tracer, obj):
     if n := length_of(obj.node): return builtins.iter([obj[i] for i in range(n)])
     raise Opaque(self.here(), 'it loops over its input', choice=False)
 
 @patch
-def ways(self:_Tracer, m, args, kwargs):
+def ways(self:Tracer, m, args, kwargs):
     "Every way through `m`"
     read = self.read_of(m)
     why = 'it has a `forward` of its own' if 'forward' in vars(m) else read.why
@@ -142,7 +74,7 @@ def ways(self:_Tracer, m, args, kwargs):
     while True:
         self.tries += 1
         if before and choices: before.put_back()
-        if len(outs) == MAX_WAYS or self.tries > 100*MAX_WAYS + len(self.names): raise Opaque(m, 'there are too many ways through it')
+        if len(outs) == MAX_WAYS or choices and max(self.tries, len(self.nodes)//2) > 100*MAX_WAYS + 10*len(self.names): raise Opaque(m, 'there are too many ways through it')
         self.frames.append([choices, 0])
         start = len(self.nodes), len(self.calls)
         try:
@@ -150,7 +82,7 @@ def ways(self:_Tracer, m, args, kwargs):
             self.passes.append(Pass(tuple(self.stack), given, nodes_in(outs[-1]), slice(start[0], len(self.nodes)), slice(start[1], len(self.calls))))
             if before and choices: ends.append(Left(m, (args, kwargs), read.others))
         except Exception as e:
-            if not (choices and was_raised(e)): raise (Refused if (was_raised(e) or 'NoneType' in str(e)) and self.is_certain() else Opaque)(m, f"no stand-in for its input goes through it ({(str(e).strip() or type(e).__name__).splitlines()[0]})", choice=False) from e
+            if not (choices and was_raised(e)) or isinstance(e, _caught) and len(self.stack) > 1: raise (Refused if self.refuses(m, e) else Opaque)(m, f"no stand-in for its input goes through it ({(str(e).strip() or type(e).__name__).splitlines()[0]})", choice=False) from e
         finally: self.frames.pop()
         while choices and not choices[-1]: choices.pop()
         if not choices: break
@@ -161,7 +93,13 @@ def ways(self:_Tracer, m, args, kwargs):
     return self.merge(m, outs)
 
 @patch
-def leave(self:_Tracer, m, before, ends, writes):
+def refuses(self:Tracer, m, e):
+    "Does every call with these arguments end in `e`? One of the root's own does, if nothing was done before that another call, or a hook, could do otherwise"
+    done = self.memory.changed() or random_state() != self.began or m._forward_pre_hooks
+    return (was_raised(e) or 'NoneType' in str(e)) and self.stack == [''] and self.is_certain() and not done
+
+@patch
+def leave(self:Tracer, m, before, ends, writes):
     "Go on with what `m` leaves behind, if only it itself may ask for it; it may also write where nobody sees it"
     seen = {n for e in (before, *ends) for path,_ in e.all_told for n in path}
     self.asked_for(m, Written(writes.own - seen, writes.others - seen))
@@ -174,7 +112,7 @@ def leave(self:_Tracer, m, before, ends, writes):
             self.asked_for(m, Written(names), given, held)
 
 @patch
-def asked_for(self:_Tracer, m, writes, given=False, held=frozenset()):
+def asked_for(self:Tracer, m, writes, given=False, held=frozenset()):
     "Another module may ask for what `m` leaves behind, one way or another: in what it writes, in what its caller gave it, or in containers that both hold, or have a name for"
     if given and len(self.stack) > 1: raise Opaque(self.module(self.stack[-2]), f'it goes by what {naming(self.names[m])} leaves behind')
     inside = {*m.modules()}
@@ -182,13 +120,13 @@ def asked_for(self:_Tracer, m, writes, given=False, held=frozenset()):
         if type(o) not in self.opaque and (writes.met_by(read(o, self.read_of(o).functions)) or held and o not in inside and held & self.held_of(o)): raise Opaque(o, f'it goes by what {naming(self.names[m])} leaves behind', alone=True)
 
 @patch
-def held_of(self:_Tracer, m):
+def held_of(self:Tracer, m):
     "What the code of `m` may find things in"
     if m not in self.holding: self.holding[m] = {id(h) for h in held_by((*own_attributes(m), *self.read_of(m).others))}.union(*shared_by(m)[:2])
     return self.holding[m]
 
 @patch
-def written_below(self:_Tracer, m):
+def written_below(self:Tracer, m):
     "What `m`, and all the modules in it, may write"
     if m not in self.writing:
         self.writing[m] = Written() # for one that holds itself
@@ -196,7 +134,7 @@ def written_below(self:_Tracer, m):
     return self.writing[m]
 
 @patch
-def merge(self:_Tracer, m, outs):
+def merge(self:Tracer, m, outs):
     "One value for what several ways gave"
     first = outs[0] if outs else None
     if all(o is first for o in outs): return first
@@ -209,7 +147,7 @@ def merge(self:_Tracer, m, outs):
 
 # %% ../../nbs/04_fold.ways.ipynb #9642eb0e
 @patch
-def call_module(self:_Tracer, m, args, kwargs):
+def call_module(self:Tracer, m, args, kwargs):
     if m not in self.names:
         if not self.is_passing(m): raise Opaque(self.here(), f'it calls a {type(m).__name__} that is no part of the model', choice=False)
         return m.forward(*args, **kwargs)
@@ -226,14 +164,14 @@ def call_module(self:_Tracer, m, args, kwargs):
     finally: self.stack.pop()
 
 @patch
-def is_passing(self:_Tracer, m):
+def is_passing(self:Tracer, m):
     "Is `m`, which is no part of the model, a Sequential made just now, or one of PyTorch's that holds nothing?"
     plain = called_plainly(m) and 'forward' not in vars(m) and not (m._forward_hooks or m._forward_pre_hooks)
     made = type(m).forward is nn.Sequential.forward and m in self.modules_made
     return plain and (made or package_of(type(m)) == 'torch' and not (m._modules or m._parameters or m._buffers))
 
 @patch
-def leaf(self:_Tracer, m, args, kwargs):
+def leaf(self:Tracer, m, args, kwargs):
     if type(m.training) is not bool: raise Opaque(self.here(), f'it changes the settings of {naming(self.names[m])}')
     opaque = type(m) in self.opaque
     if args and args[0] is None and self.is_certain() and not (opaque or m._forward_pre_hooks): raise Impossible(m, 'it is called without an input')
@@ -248,25 +186,25 @@ def leaf(self:_Tracer, m, args, kwargs):
     return out
 
 @patch
-def is_left_for(self:_Tracer, m):
+def is_left_for(self:Tracer, m):
     "Was something written, in this trace, that `m` or its code can get at without being given it?"
     inside = [*m.modules()]
     return len(self.stack) > 1 and self.memory.written_in(held_in((*inside, *map(type, inside), *(o for k in inside for o in self.read_of(k).others)), object))
 
 @patch
-def no_none(self:_Tracer, name):
+def no_none(self:Tracer, name):
     "The module called `name` got what may be `None`, which it is not to ask"
     m = self.module(name)
     if asked_for_none(m, self.read_of(m))[1]: raise Opaque(m, 'it asks what kind of input it is given')
 
 @patch
-def read_of(self:_Tracer, m):
+def read_of(self:Tracer, m):
     if m not in self.readings: self.readings[m] = reading(m)
     return self.readings[m]
 
 # %% ../../nbs/04_fold.ways.ipynb #a26eee71
 @patch
-def state(self:_Tracer, f):
+def state(self:Tracer, f):
     "`f`, which tells how a run is run; the model's author hears both answers"
     def asked(*args, **kwargs):
         if threading.get_ident() != self.thread or not self.frames or package_of_frame(sys._getframe(1)) in OURS: return f(*args, **kwargs)
@@ -275,14 +213,14 @@ def state(self:_Tracer, f):
     return asked
 
 @patch
-def put(self:_Tracer, space, functions={}):
+def put(self:Tracer, space, functions={}):
     "Put `functions` into a namespace, and what stands for those that are one operation each, for as long as the trace lasts"
     for name,f in (functions | {n: as_operation(f) for n,f in operations_in(space).items()}).items():
         self.patched.append((space, name, space.get(name)))
         space[name] = f
 
 @patch
-def watched(self:_Tracer, f):
+def watched(self:Tracer, f):
     "`f`, whose cache is to hold no stand-in; what a later call would meet again is watched"
     @functools.wraps(f.__wrapped__)
     def called(*args, **kwargs):
@@ -295,7 +233,7 @@ def watched(self:_Tracer, f):
     return called
 
 @patch
-def put_into(self:_Tracer, space, names):
+def put_into(self:Tracer, space, names):
     "Functions for which Python lets nothing stand in, and those that tell how a run is run, or remember"
     own = {n: f for n,f in dict(len=length, int=as_operation(int), float=as_operation(float), type=type_of_any).items() if n in names and n not in space}
     states = {n: self.state(space[n]) for n in names if is_state(space.get(n))}
@@ -303,7 +241,7 @@ def put_into(self:_Tracer, space, names):
     self.put(space, own | states | caches)
 
 @patch
-def prepare(self:_Tracer, read):
+def prepare(self:Tracer, read):
     "Note what the code that is read may write into, and put what a trace needs in the place of functions that it has names for"
     if id(read) in self.prepared: return
     self.prepared.add(id(read))
@@ -313,7 +251,7 @@ def prepare(self:_Tracer, read):
 
 @patch
 @contextmanager
-def watching(self:_Tracer):
+def watching(self:Tracer):
     "Divert this thread's module calls and parameter reads, and see which modules it makes; other threads pass through"
     call,get,init,hook,is_ = nn.Module.__call__, nn.Module.__getattr__, nn.Module.__init__, RemovableHandle.__init__, builtins.isinstance
     mine = lambda: threading.get_ident() == self.thread
@@ -348,7 +286,7 @@ def _holder(m, o): return next((k for k in m.modules() if o is vars(k) or any(v 
 @none_swallowed()
 def trace_ways(m, names, params, opaque, variant, random=None):
     "All ways through `m`, called like this: the tracer, whose nodes end in an output. If random numbers were drawn, once more, to see by whom: `random` is the state in which that begins"
-    tracer,state = _Tracer(names, params, opaque, random), random_state()
+    tracer,state = Tracer(names, params, opaque, random), random_state()
     reads = Reads(tracer)
     tracer.stack.append(names[m])
     with ExitStack() as ctx:
@@ -357,14 +295,13 @@ def trace_ways(m, names, params, opaque, variant, random=None):
         ctx.enter_context(tracer.watching())
         call = lambda: (tracer.leaf if known_layer(m) else tracer.ways)(m, *_given(tracer, variant))
         with reads:
-            tracer.modes = _modes()
+            tracer.begin()
             out = [call()]
         memory = tracer.memory.changed()
-        tracer.wrote = bool(memory)
+        tracer.left = {id(o): alike(told(see(o))) for o,_,see in memory}
         if memory: # what it remembers of one call may decide another
-            before = {id(o): alike(told(see(o))) for o,_,see in memory}
             with reads: out.append(call())
-            for o in (o for o,_,see in tracer.memory.changed() if alike(told(see(o))) != before.get(id(o))): raise Opaque(_holder(m, o), 'it counts its calls')
+            for o in (o for o,_,see in tracer.memory.changed() if alike(told(see(o))) != tracer.left.get(id(o))): raise Opaque(_holder(m, o), 'it counts its calls')
         if tracer.branched and any(see is not copied for *_,see in memory): raise Opaque(m, 'what it leaves behind depends on its way')
         drawn = random_state() != state
         tracer.kept = tracer.still_held(out, collect) # while `out` is there: it may be of a kind that we can't look into
