@@ -109,6 +109,37 @@ def test_sizes_that_grow_together(forward, sizes):
         assert not folded(model, example, calls).folded
 
 
+def pooled(y, n): return F.avg_pool2d(y, n).view(-1, 4)
+def with_patches(m, x, tokens): return m.bn1(F.avg_pool1d(F.avg_pool2d(m.conv(x), 2).flatten(2) + m.fc(tokens).transpose(1, 2), 16).reshape(-1, 4))
+def with_a_class_token(m, x, tokens): return m.bn1(F.avg_pool1d(m.conv(x).flatten(2) + m.fc(tokens[:, 1:]).transpose(1, 2), 16).reshape(-1, 4))
+def of_odd_sizes(m, x): return m.bn1(pooled(m.conv(x + F.conv_transpose2d(F.conv2d(x, m.conv.weight, stride=2, padding=1), m.conv.weight, stride=2, padding=1)), 16))
+def of_a_table(m, x): return m.bn1(F.avg_pool2d(m.conv(x + m.table[:, :, :x.shape[2], :x.shape[3]]), 8, 4).view(-1, 4))
+def of_crops(m, x, context): return m.bn1(pooled(m.conv(x) + context.repeat_interleave(4, 0)[..., None, None] + m.conv(x.transpose(2, 3)), 16))
+def by_name(m, x): return m.bn1(F.avg_pool2d(m.conv(x + m.table[:, :, :x.shape[2], :x.shape[3]]), 8, 4).reshape(-1, m.conv.out_channels))
+
+@pytest.mark.parametrize('forward, sizes', [
+    (with_patches, [[(2, 4, 8, 8), (2, 16, 4)], [(2, 4, 16, 16), (2, 64, 4)]]), (with_a_class_token, [[(2, 4, 4, 4), (2, 17, 4)], [(2, 4, 8, 8), (2, 65, 4)]]), (of_odd_sizes, [[(1, 4, 17, 17)], [(1, 4, 33, 33)]]),
+    (of_a_table, [[(2, 4, 8, 8)], [(2, 4, 12, 12)]]), (by_name, [[(2, 4, 8, 8)], [(2, 4, 12, 12)]]), (of_crops, [[(8, 4, 16, 16), (2, 4)], [(8, 4, 32, 32), (2, 4)]])], ids=lambda o: getattr(o, '__name__', ''))
+def test_an_axis_of_size_one_that_never_had_more(forward, sizes):
+    "is not left out: no run says what it is at a size that was not tried"
+    calls = [tuple(images(*s) for s in call) for call in sizes]
+    model = net(forward, conv=conv(), fc=nn.Linear(4, 4), bn1=nn.BatchNorm1d(4))
+    model.register_buffer('table', images(1, 4, 12, 12))
+    assert not folded(model, calls[0], calls).folded
+
+
+def one_place_at_every_size(m, x): return m.bn1(F.adaptive_avg_pool2d(m.conv(x), 1).view(-1, 4))
+def mean_of_all_places(m, x): return m.bn1(m.pointwise(m.conv(x).mean((2, 3), keepdim=True)).reshape(-1, 4))
+def channels_last(m, x): return m.bn1(F.avg_pool2d(m.conv(x), 8).view(x.shape[0], -1))
+@pytest.mark.parametrize('forward', [one_place_at_every_size, mean_of_all_places, channels_last])
+def test_an_axis_that_is_of_size_one_for_sure(forward):
+    def fixed(m, x):
+        if x.shape[2:] != (8, 8): raise ValueError('one size alone')
+        return forward(m, x)
+    calls = [(images(2, 4, 8, 8),), (images(3, 4, 8, 8),)]
+    assert folded(net(fixed, conv=conv(), pointwise=nn.Conv2d(4, 4, 1), bn1=nn.BatchNorm1d(4)), calls[0], calls).folded == 1
+
+
 def test_what_runs_elsewhere_is_tried_in_a_copy_on_the_cpu():
     model, known = net(lambda m, x: m.bn(m.conv(x)), conv=conv(), bn=bn()), frozenset()
     new, (args, kwargs) = _on_cpu(model, ((x := images(2, 4, 8, 8),), {}), known)

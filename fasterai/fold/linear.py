@@ -188,7 +188,7 @@ def plan_linear(
     finder,rows,changed = Finder(flow, symbolic),[],{}
     by_name = lambda *flows: {r.name: r for r in plan_linear(*flows, keep=keep, sides=sides)}
     traced = by_name(symbolic) if symbolic else {}
-    confirm = in_all_ways(flow, symbolic, traced, others and cache(lambda: [by_name(o, symbolic) for o in others()])) if symbolic else None
+    confirm = in_all_ways(flow, symbolic, traced, others and cache(lambda: [(by_name(o, symbolic), o.calls) for o in others()])) if symbolic else None
     for name,calls in finder.calls_of.items():
         calls = [c for c in calls if c.op in LAYERS or c.op == 'batch_norm' and isinstance(flow.modules[name], _BatchNorm)]
         if not calls or name in changed or name in (keep or {}): continue

@@ -214,8 +214,8 @@ THROUGH = NEIGHBOURS | {'through its activation': Finder.beyond}
 
 def _restrides(row, way):
     "May what follows the BatchNorm meet other strides than it gave? It gives three axes in their order, however a convolution's four lie"
-    ops,(bn,*_) = {c.op for c in way}, way
-    laid = not row.absorbs[0].before and len(bn.outs[0].shape) > 2 and any(op.startswith('conv') for op in ops)
+    ops = {c.op for c in way}
+    laid = not row.absorbs[0].before and len(way[0].outs[0].shape or ()) > 2 and any(op.startswith('conv') for op in ops)
     return not ops.isdisjoint(ORDERS | PARTS | {'view'} | (RESHAPES | {'flatten', 'squeeze', 'unsqueeze'} if laid else set()))
 
 @patch
@@ -259,12 +259,35 @@ def _callers(flow):
 
 _by_size = BY_SIZE | {'flatten', 'cat', 'concat', 'concatenate'}
 
+def _is_pinned(v):
+    "Is `v` of one size along its places, whatever the input's is?"
+    if v.call is None: return False
+    if v.call.op.startswith('adaptive_'): return True
+    if v.call.op == 'mean' and len(v.call.args) > 1 and v.call.args[1] is not None:
+        dims,rank = v.call.args[1], len(v.call.args[0].shape)
+        return {d % rank for d in ([dims] if type(dims) is int else dims)} >= {*range(2, rank)}
+    inputs = [u for u in v.call.inputs if not u.name]
+    return bool(inputs) and all(map(_is_pinned, inputs))
+
+def _left_out(call):
+    "The axes of size one, behind the first, that a `view` may leave out because they are. One whose `-1` is the channels would fail where there is more"
+    sizes = call.args[1] if len(call.args) == 2 and isinstance(call.args[1], (tuple, list)) else call.args[1:]
+    if call.op not in RESHAPES or tuple(sizes[1:2]) == (-1,) or _is_pinned(call.args[0]): return []
+    return [d for d,n in enumerate(call.args[0].shape) if d and n == 1]
+
+def _was_more(call, d, others):
+    "Was there a run in which axis `d` of what `call` is given was not of size one?"
+    same = (calls[call.index] for calls in others if call.index < len(calls) and calls[call.index].op == call.op and calls[call.index].stack == call.stack)
+    return any(c.args[0].shape[d] > 1 for c in same if len(c.args[0].shape) > d)
+
 def _at_other_sizes(row, ways, elsewhere, by_more):
     "Stop where what stands between may be something else at another size"
     op = next((c.op for way in ways for c in way if c.op in _by_size), None)
     if not op: return
     if by_more: raise Stop(f'`{op}` may go by a number that the model is given')
-    if not all(row.name in other and row.same(other[row.name]) for other in elsewhere()): raise Stop(f'`{op}` does something else at another size of the input')
+    if not all(row.name in other and row.same(other[row.name]) for other,_ in elsewhere()): raise Stop(f'`{op}` does something else at another size of the input')
+    for call in (c for way in ways for c in way):
+        if not all(_was_more(call, d, [calls for _,calls in elsewhere()]) for d in _left_out(call)): raise Stop(f'`{call.op}` leaves out an axis of size one, which may have more at another size of the input')
 
 def _happens(call): return call.op == 'squeeze' or call.op == 'add' and any(type(a) in (int, float) and a == 0 for a in call.args) # a size is one, a number is zero
 
@@ -272,7 +295,7 @@ def in_all_ways(
     flow:Flow, # A recorded run
     symbolic:Flow, # The symbolic trace of the same model
     rows:dict, # What is planned from the trace alone, by name
-    elsewhere:Callable|None=None, # `elsewhere()`: what is planned from each run at another size, where that is asked
+    elsewhere:Callable|None=None, # `elsewhere()`: what is planned from each run at another size, and its calls, where that is asked
 )->Callable: # `of(name)` gives a check of a `Row`, which returns it or raises `Stop`
     "Holds what a recorded run shows against all the ways that a `forward` can take"
     through = {} # the modules that a value goes into or comes out of
@@ -337,7 +360,7 @@ def plan_folds(
     if symbolic:
         by_name = lambda *flows: {r.name: r for r in plan_folds(*flows, keep=keep, sides=sides)}
         traced = by_name(symbolic)
-        confirm = in_all_ways(flow, symbolic, traced, others and cache(lambda: [by_name(o, symbolic) for o in others()]))
+        confirm = in_all_ways(flow, symbolic, traced, others and cache(lambda: [(by_name(o, symbolic), o.calls) for o in others()]))
     rows = Finder(flow, symbolic).judged(keep, sides, confirm)
     for name in dict.fromkeys([*(n for n,m in flow.model.named_modules() if isinstance(m, _BatchNorm) or n in traced), *traced]):
         if name in rows: continue
