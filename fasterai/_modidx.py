@@ -479,6 +479,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fasterai.fold.plan._involved': ('fold.plan.html#_involved', 'fasterai/fold/plan.py'),
                                     'fasterai.fold.plan._is_pinned': ('fold.plan.html#_is_pinned', 'fasterai/fold/plan.py'),
                                     'fasterai.fold.plan._left_out': ('fold.plan.html#_left_out', 'fasterai/fold/plan.py'),
+                                    'fasterai.fold.plan._pins': ('fold.plan.html#_pins', 'fasterai/fold/plan.py'),
                                     'fasterai.fold.plan._restrides': ('fold.plan.html#_restrides', 'fasterai/fold/plan.py'),
                                     'fasterai.fold.plan._stat_names': ('fold.plan.html#_stat_names', 'fasterai/fold/plan.py'),
                                     'fasterai.fold.plan._uncalled': ('fold.plan.html#_uncalled', 'fasterai/fold/plan.py'),

@@ -259,21 +259,28 @@ def _callers(flow):
 
 _by_size = BY_SIZE | {'flatten', 'cat', 'concat', 'concatenate'}
 
+def _pins(call):
+    "Does `call` give as many places whatever it is given?"
+    if call.op != 'mean' or len(call.args) < 2 or call.args[1] is None: return call.op.startswith('adaptive_')
+    dims,rank = call.args[1], len(call.args[0].shape)
+    return {d % rank for d in ([dims] if type(dims) is int else dims)} >= {*range(2, rank)}
+
 def _is_pinned(v):
-    "Is `v` of one size along its places, whatever the input's is?"
-    if v.call is None: return False
-    if v.call.op.startswith('adaptive_'): return True
-    if v.call.op == 'mean' and len(v.call.args) > 1 and v.call.args[1] is not None:
-        dims,rank = v.call.args[1], len(v.call.args[0].shape)
-        return {d % rank for d in ([dims] if type(dims) is int else dims)} >= {*range(2, rank)}
-    inputs = [u for u in v.call.inputs if not u.name]
-    return bool(inputs) and all(map(_is_pinned, inputs))
+    "Has `v` as many places whatever the input is?"
+    seen,todo = set(),[v]
+    while todo:
+        if (v := todo.pop()) in seen or v.name: continue
+        seen.add(v)
+        if v.call is None or not v.call.inputs: return False
+        if not _pins(v.call): todo += v.call.inputs
+    return True
 
 def _left_out(call):
     "The axes of size one, behind the first, that a `view` may leave out because they are. One whose `-1` is the channels would fail where there is more"
     sizes = call.args[1] if len(call.args) == 2 and isinstance(call.args[1], (tuple, list)) else call.args[1:]
-    if call.op not in RESHAPES or tuple(sizes[1:2]) == (-1,) or _is_pinned(call.args[0]): return []
-    return [d for d,n in enumerate(call.args[0].shape) if d and n == 1]
+    if call.op not in RESHAPES or tuple(sizes[1:2]) == (-1,): return []
+    ones = [d for d,n in enumerate(call.args[0].shape) if d and n == 1]
+    return ones if ones and not _is_pinned(call.args[0]) else []
 
 def _was_more(call, d, others):
     "Was there a run in which axis `d` of what `call` is given was not of size one?"
