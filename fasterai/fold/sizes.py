@@ -26,7 +26,7 @@ def _sizes(n, grow):
 
 # %% ../../nbs/08_fold.sizes.ipynb #51a00008
 def _tied(shapes):
-    "Larger pictures, or signals, two of them: all their places, and with them what is as long as they are (a mask), or counts them (tokens); or all that is not the batch"
+    "Larger pictures, or signals, in a batch of two: all their places, and with them what is as long as they are (a mask), or counts them (tokens); or all that is not the batch"
     rank = max(map(len, shapes), default=0)
     pictures = [s[2:] for s in shapes if len(s) == rank]
     long,many = {n for p in pictures for n in p}, {prod(p) for p in pictures}
