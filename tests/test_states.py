@@ -530,7 +530,7 @@ def in_threads(*jobs):
 def test_two_folds_at_once(example):
     models, images = [randomise(resnet18(num_classes=3), s) for s in range(2)], torch.randn(2, 3, 32, 32, dtype=torch.float64)
     def job(model):
-        for _ in range(4): assert fold_quietly(model, images, example).folded == 20
+        for _ in range(4): assert (report := fold_quietly(model, images, example)).folded == 20, [r.why for r in report if r.why]
     in_threads(*[lambda m=m: job(m) for m in models])
 
 def fold_quietly(model, images, example):
@@ -548,7 +548,7 @@ def test_the_original_runs_in_another_thread(example):
             with torch.no_grad(): assert torch.equal(model(images), want)
     def job():
         try:
-            for _ in range(6): assert fold_quietly(model, images, example).folded == 20
+            for _ in range(6): assert (report := fold_quietly(model, images, example)).folded == 20, [r.why for r in report if r.why]
         finally: stop.set()
     in_threads(use, job)
 
@@ -559,7 +559,7 @@ def test_another_thread_hooks_a_model_of_its_own(example):
         other = nn.Linear(2, 2)
         while not stop.is_set(): other.register_forward_hook(lambda *_: None).remove()
     def job():
-        try: assert fold_quietly(model, images, example).folded == 20
+        try: assert (report := fold_quietly(model, images, example)).folded == 20, [r.why for r in report if r.why]
         finally: stop.set()
     in_threads(use, job)
 
