@@ -246,6 +246,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fasterai.fold.flow.under': ('fold.flow.html#under', 'fasterai/fold/flow.py'),
                                     'fasterai.fold.flow.values_in': ('fold.flow.html#values_in', 'fasterai/fold/flow.py')},
             'fasterai.fold.held': { 'fasterai.fold.held._closed_over': ('fold.held.html#_closed_over', 'fasterai/fold/held.py'),
+                                    'fasterai.fold.held._collect_surely': ('fold.held.html#_collect_surely', 'fasterai/fold/held.py'),
                                     'fasterai.fold.held._imported': ('fold.held.html#_imported', 'fasterai/fold/held.py'),
                                     'fasterai.fold.held._methods': ('fold.held.html#_methods', 'fasterai/fold/held.py'),
                                     'fasterai.fold.held._only_asked': ('fold.held.html#_only_asked', 'fasterai/fold/held.py'),

@@ -1,5 +1,5 @@
 "Any state that a real model is in: folded right, or kept with a reason, or refused with an error that says what to do. Each beside its twin."
-import copy, itertools, pickle, random, threading
+import copy, gc, itertools, pickle, random, threading, time, weakref
 
 import numpy as np, pytest, torch
 from torch import nn
@@ -10,6 +10,7 @@ from torchvision.models import resnet18
 
 from fasterai.fold import apply, layers
 from fasterai.fold.bake import computing
+from fasterai.fold.held import young_garbage
 from fasterai.fold.verify import compare, difference, run
 from fasterai.misc import bn_folding
 from fasterai.misc.bn_folding import BN_Folder, FoldError
@@ -538,6 +539,29 @@ def fold_quietly(model, images, example):
     new = bn.fold(model, *([images] if example else []))
     with torch.no_grad(): assert difference(model(images), new(images)).relative < 1e-12
     return bn.report
+
+def test_garbage_is_collected_while_another_thread_collects():
+    "else what is left of a trace seems to be kept by someone"
+    class Slow:
+        def __init__(self): self.me = self
+        def __del__(self):
+            under_way.set()
+            time.sleep(.2)
+    class Cycle:
+        def __init__(self): self.me = self
+    under_way, freed = threading.Event(), []
+    def elsewhere():
+        Slow()
+        gc.collect()
+    def here():
+        assert under_way.wait(5)
+        with young_garbage() as collect:
+            ref = weakref.ref(Cycle())
+            collect()
+            freed.append(ref() is None)
+    in_threads(elsewhere, here)
+    assert freed == [True]
+
 
 @examples
 def test_the_original_runs_in_another_thread(example):

@@ -9,7 +9,7 @@ __all__ = ['ATOMS', 'NAMESPACES', 'LIBRARIES', 'OWN', 'remembered', 'afresh', 'p
            'same_random_state', 'uncollected', 'young_garbage']
 
 # %% ../../nbs/01_fold.held.ipynb #497633f4
-import builtins,dis,functools,gc,inspect,operator,random,sys,weakref
+import builtins,dis,functools,gc,inspect,operator,random,sys,threading,time,weakref
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from collections import ChainMap, UserDict, UserList, deque
@@ -353,11 +353,23 @@ def uncollected():
     finally:
         if was: gc.enable()
 
+def _collect_surely(generation):
+    "`gc.collect` does nothing while another thread collects: it is asked again, for a second at most"
+    mine,me = [],threading.get_ident()
+    note = lambda phase, info: threading.get_ident() == me and mine.append(phase)
+    gc.callbacks.append(note)
+    try:
+        for _ in range(1000):
+            gc.collect(generation)
+            if mine: return
+            time.sleep(.001)
+    finally: gc.callbacks.remove(note)
+
 @contextmanager
 def young_garbage():
     "What is given collects what was made inside, and little else: a process may hold millions of older objects"
     runs = lambda: [s['collections'] for s in gc.get_stats()]
     before = runs()
     def collect(): # one generation above those that were collected in between: what was left of them went there
-        gc.collect(min(2, max((g+1 for g,(was,now) in enumerate(zip(before, runs())) if now > was), default=0)))
+        _collect_surely(min(2, max((g+1 for g,(was,now) in enumerate(zip(before, runs())) if now > was), default=0)))
     yield collect
