@@ -211,7 +211,8 @@ def _is_torch(m):
     "Does `m` compute as PyTorch's own layer does?"
     for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
         if isinstance(m, kind):
-            same = lambda n: getattr(type(m), n, ...) is getattr(kind, n, ...) and n not in vars(m) and not is_authors(getattr(kind, n, ...))
+            own = [vars(m), *(vars(c) for c in type(m).__mro__ if c not in kind.__mro__)] # not what it gets from `nn.Module`, into which another thread may put functions of its own just now, to trace
+            same = lambda n: not (any(n in space for space in own) or is_authors(getattr(kind, n, ...)))
             return called_plainly(m) and all(map(same, ('forward', '_conv_forward', '__getattr__', 'weight', 'bias')))
     return False
 
