@@ -1,5 +1,6 @@
 "pytest runs the notebooks too: each one is a test that executes all its cells."
-import os
+import os, sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,19 @@ class Notebook(pytest.File):
     def collect(self): yield Run.from_parent(self, name='run')
 
 
+@contextmanager
+def taken_back():
+    "A notebook's `@patch` gives the library's classes functions that are the notebook's own: the tests that follow are of the library's"
+    import fasterai.misc.all
+    classes = {c for name, m in [*sys.modules.items()] if name.startswith('fasterai.') for c in vars(m).values() if isinstance(c, type) and c.__module__.startswith('fasterai.')}
+    before = {c: dict(vars(c)) for c in classes}
+    try: yield
+    finally:
+        for c, attrs in before.items():
+            for name, o in attrs.items():
+                if vars(c).get(name) is not o: setattr(c, name, o)
+
+
 class Run(pytest.Item):
     "One run of all cells"
     def runtest(self):
@@ -24,7 +38,8 @@ class Run(pytest.Item):
         for name, version in needs.get(self.path.stem, {}).items(): pytest.importorskip(name, minversion=version)
         before = os.getcwd()
         os.chdir(self.path.parent)
-        try: ok, _ = test_nb(self.path, profile=False)
+        try:
+            with taken_back(): ok, _ = test_nb(self.path, profile=False)
         finally: os.chdir(before)
         if not ok: raise NotebookError(f'{self.path.relative_to(root)} failed; its traceback is in the captured output')
 
