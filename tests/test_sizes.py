@@ -117,8 +117,13 @@ def of_a_table(m, x): return m.bn1(F.avg_pool2d(m.conv(x + m.table[:, :, :x.shap
 def of_crops(m, x, context): return m.bn1(pooled(m.conv(x) + context.repeat_interleave(4, 0)[..., None, None] + m.conv(x.transpose(2, 3)), 16))
 def by_name(m, x): return m.bn1(F.avg_pool2d(m.conv(x + m.table[:, :, :x.shape[2], :x.shape[3]]), 8, 4).reshape(-1, m.conv.out_channels))
 
+def placed(m, x): return F.avg_pool2d(m.conv(x + m.table[:, :, :x.shape[2], :x.shape[3]]), 8, 4)
+def cut(m, x): return m.bn1(placed(m, x).view(x.shape[0], -1)[:, :4])
+def narrowed(m, x): return m.bn1(placed(m, x).reshape(x.shape[0], -1).narrow(1, 0, 4))
+def flattened(m, x): return m.bn1(placed(m, x).flatten(1)[:, :4])
+
 @pytest.mark.parametrize('forward, sizes', [
-    (with_patches, [[(2, 4, 8, 8), (2, 16, 4)], [(2, 4, 16, 16), (2, 64, 4)]]), (with_a_class_token, [[(2, 4, 4, 4), (2, 17, 4)], [(2, 4, 8, 8), (2, 65, 4)]]), (of_odd_sizes, [[(1, 4, 17, 17)], [(1, 4, 33, 33)]]),
+    *((f, [[(2, 4, 8, 8)], [(2, 4, 12, 12)]]) for f in (cut, narrowed, flattened)), (with_patches, [[(2, 4, 8, 8), (2, 16, 4)], [(2, 4, 16, 16), (2, 64, 4)]]), (with_a_class_token, [[(2, 4, 4, 4), (2, 17, 4)], [(2, 4, 8, 8), (2, 65, 4)]]), (of_odd_sizes, [[(1, 4, 17, 17)], [(1, 4, 33, 33)]]),
     (of_a_table, [[(2, 4, 8, 8)], [(2, 4, 12, 12)]]), (by_name, [[(2, 4, 8, 8)], [(2, 4, 12, 12)]]), (of_crops, [[(8, 4, 16, 16), (2, 4)], [(8, 4, 32, 32), (2, 4)]])], ids=lambda o: getattr(o, '__name__', ''))
 def test_an_axis_of_size_one_that_never_had_more(forward, sizes):
     "is not left out: no run says what it is at a size that was not tried"

@@ -275,10 +275,11 @@ def _is_pinned(v):
         if not _pins(v.call): todo += v.call.inputs
     return True
 
-def _left_out(call):
-    "The axes of size one, behind the first, that a `view` may leave out because they are. One whose `-1` is the channels would fail where there is more"
+def _left_out(call, way):
+    "The axes of size one, behind the first, that a `view` may leave out because they are. Where it makes channels of what there is more it would fail, if no part is taken of them"
     sizes = call.args[1] if len(call.args) == 2 and isinstance(call.args[1], (tuple, list)) else call.args[1:]
-    if call.op not in RESHAPES or tuple(sizes[1:2]) == (-1,): return []
+    grows = call.op == 'flatten' or tuple(sizes[1:2]) == (-1,)
+    if call.op not in RESHAPES | {'flatten'} or grows and not any(c.op in PARTS for c in way): return []
     ones = [d for d,n in enumerate(call.args[0].shape) if d and n == 1]
     return ones if ones and not _is_pinned(call.args[0]) else []
 
@@ -293,8 +294,8 @@ def _at_other_sizes(row, ways, elsewhere, by_more):
     if not op: return
     if by_more: raise Stop(f'`{op}` may go by a number that the model is given')
     if not all(row.name in other and row.same(other[row.name]) for other,_ in elsewhere()): raise Stop(f'`{op}` does something else at another size of the input')
-    for call in (c for way in ways for c in way):
-        if not all(_was_more(call, d, [calls for _,calls in elsewhere()]) for d in _left_out(call)): raise Stop(f'`{call.op}` leaves out an axis of size one, which may have more at another size of the input')
+    for call,way in ((c, way) for way in ways for c in way):
+        if not all(_was_more(call, d, [calls for _,calls in elsewhere()]) for d in _left_out(call, way)): raise Stop(f'`{call.op}` leaves out an axis of size one, which may have more at another size of the input')
 
 def _happens(call): return call.op == 'squeeze' or call.op == 'add' and any(type(a) in (int, float) and a == 0 for a in call.args) # a size is one, a number is zero
 
