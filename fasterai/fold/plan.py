@@ -280,8 +280,7 @@ def _left_out(call, way):
     sizes = call.args[1] if len(call.args) == 2 and isinstance(call.args[1], (tuple, list)) else call.args[1:]
     grows = call.op == 'flatten' or tuple(sizes[1:2]) == (-1,)
     if call.op not in RESHAPES | {'flatten'} or grows and not any(c.op in PARTS for c in way): return []
-    ones = [d for d,n in enumerate(call.args[0].shape) if d and n == 1]
-    return ones if ones and not _is_pinned(call.args[0]) else []
+    return [d for d,n in enumerate(call.args[0].shape) if d and n == 1 and not _is_pinned(call.args[0])]
 
 def _was_more(call, d, others):
     "Was there a run in which axis `d` of what `call` is given was not of size one?"
