@@ -236,15 +236,22 @@ def test_a_way_that_fails_now_and_not_always(forward):
 
 
 class Picky(nn.Module):
+    error = AttributeError
     def forward(self, x):
-        if x.sum() > 0: raise AttributeError('not for those')
+        if x.sum() > 0: raise self.error('not for those')
         return x.relu()
+class NotInstalled(Picky): error = ImportError
 def caught(m, x):
     y = m.conv(x)
     try: return m.picky(m.bn(y))
     except AttributeError: return y
-def test_an_error_in_some_way_that_a_parent_catches():
-    for example in ((), (x,)): folded(pair(caught, picky=Picky()), example, [(x,), (-x,), (x + 9,), (x - 9,)])
+def caught_where_it_is_imported(m, x):
+    y = m.conv(x)
+    try: return m.picky(m.bn(y))
+    except ImportError: return y
+@pytest.mark.parametrize('forward,picky', [(caught, Picky), (caught_where_it_is_imported, NotInstalled)])
+def test_an_error_in_some_way_that_a_parent_catches(forward, picky):
+    for example in ((), (x,)): folded(pair(forward, picky=picky()), example, [(x,), (-x,), (x + 9,), (x - 9,)])
 
 
 def by_a_mode(m, x, mode='tensor'):

@@ -265,9 +265,9 @@ def _asked_for_none(f, functions):
     return params | ({n for n,p in [*ps.items()][2:] if p.default is p.empty} if others else set()), others
 
 def _asks_for_attributes(code):
-    "Does `code` see whether something but its module has an attribute, which `None` has not?"
+    "Does `code` see whether something but its module has an attribute, which `None` has not, or whether what it calls fails?"
     asks = lambda at: code[at].opname == 'LOAD_GLOBAL' and code[at].argval in ('hasattr', 'getattr') and not (code[at+1].opname.startswith('LOAD_FAST') and code[at+1].argval == 'self')
-    return any(asks(at) or i.argval == 'AttributeError' for at,i in enumerate(code))
+    return any(asks(at) or i.argval in _structural for at,i in enumerate(code))
 
 def _compared_with_none(c):
     "The instructions of a code that load what it compares with `None`"
