@@ -323,6 +323,15 @@ def test_checkpoints(forward, reentrant):
     assert norms(fold(other, x, example=False)[0])
 
 
+def test_memory_efficient_densenets():
+    "A layer asks all that it is given whether it takes a gradient"
+    small = dict(growth_rate=4, block_config=(2, 20), num_init_features=8, bn_size=2, num_classes=5)
+    pictures = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    for example in (False, True):
+        kept = [norms(fold(randomise(torchvision.models.DenseNet(**small, memory_efficient=efficient)).double().eval(), pictures, example=example)[0]) for efficient in (False, True)]
+        assert kept[0] == kept[1] and sum("norm1" in name for name in kept[0]) == 22 and not any("norm2" in name for name in kept[0])
+
+
 class Doubled(TorchFunctionMode):
     def __torch_function__(self, f, types, args=(), kwargs=None): return f(*args, **(kwargs or {}))*(2 if f is F.conv2d else 1)
 def test_a_checkpoint_in_a_context_of_its_own():

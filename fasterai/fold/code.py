@@ -301,7 +301,7 @@ def parameters(
     if collected and all(p in collected or p.default is p.empty for p in ps) and _only_hands_on(f, collected): return parameters(f.__wrapped__)
     return tuple(p for n,p in enumerate(ps) if p in collected or p.kind not in _collecting and n)
 
-MAX_WAYS = 32 # that are gone through
+MAX_WAYS = 64 # that are gone through
 
 def _is_asked(f, name):
     "Does the code of `f` ask a parameter more than whether it is true: what it equals, what it has, of what kind it is?"

@@ -25,7 +25,6 @@ from .memory import alike, copied, told, untouched
 from .standin import Impossible, Opaque, Reads, Refused, Tracer, as_operation, is_instance, length, nodes_in, none_swallowed, phi, type_of_any, OURS
 
 # %% ../../nbs/04_fold.ways.ipynb #9d41c0e2
-_max_choices = 12
 _plain_python = {*sys.stdlib_module_names, 'numpy'} # in whose modules nothing is put
 _caught = AttributeError, ImportError, LookupError, StopIteration # by Python itself, as for a `hasattr` or a loop
 
@@ -44,7 +43,7 @@ def choose(self:Tracer):
     if not self.frames: raise Opaque(self.here(), 'it needs a number that depends on its input')
     choices,taken = frame = self.frames[-1]
     if taken == len(choices): choices.append(True)
-    if len(choices) > _max_choices: raise Opaque(self.here(), 'it loops on what it computes')
+    if len(choices) > MAX_WAYS: raise Opaque(self.here(), 'it loops on what it computes')
     frame[1] += 1
     return choices[taken]
 
@@ -74,7 +73,7 @@ def ways(self:Tracer, m, args, kwargs):
     while True:
         self.tries += 1
         if before and choices: before.put_back()
-        if len(outs) == MAX_WAYS or choices and max(self.tries, len(self.nodes)//2) > 100*MAX_WAYS + 10*len(self.names): raise Opaque(m, 'there are too many ways through it')
+        if len(outs) == MAX_WAYS or choices and max(self.tries, len(self.nodes)//2) > 100*MAX_WAYS + 20*len(self.names): raise Opaque(m, 'there are too many ways through it')
         self.frames.append([choices, 0])
         start = len(self.nodes), len(self.calls)
         try:
