@@ -526,3 +526,81 @@ def test_what_a_parent_chooses_is_not_what_its_children_do():
         model = randomise(Library())
         model.counts = counts
         assert folded(model, (x,), [(x,), (odd,), (x, True)]).folded == 2
+
+
+class Child(Net): pass
+def small(x): return x.shape[-1] < 9
+def halved(m, x): return x*.5 if small(x) else m.bn(x)
+def leaky(m, x): return F.leaky_relu(x) if small(x) else m.bn(x)
+def left_alone(m, x): return x if small(x) else m.bn(x)
+def by_two(m, x): return m.bn(x) if small(x) else m.other(x)
+def in_a_tuple(m, x): return (x*2, x) if small(x) else (m.bn(x), x)
+def through_an_activation(m, x): return F.silu(x) if small(x) else m.act(m.bn(x))
+def scaled_by_norms(m, x): return x*.5 if small(x) else m.norm(x)
+def by_a_layer(m, x): return x*.5 if small(x) else m.layer(x)
+ways_out = {f.__name__: f for f in (halved, leaky, left_alone, by_two, in_a_tuple, through_an_activation, scaled_by_norms, by_a_layer)}
+
+@pytest.mark.parametrize('switches', [{}, dict(through_relu=True, scales=True, series=True, reparameterize=True)], ids=['plain', 'all'])
+@pytest.mark.parametrize('name', ways_out)
+def test_a_layer_behind_one_of_several_ways(name, switches):
+    "What comes by another way has nothing of the BatchNorm"
+    def forward(m, x):
+        y = m.child(F.gelu(m.conv(x)))
+        return m.end(y[0] if isinstance(y, tuple) else y)
+    child = net(ways_out[name], Child, bn=bn(), other=bn(), act=nn.ReLU(), norm=nn.GroupNorm(2, 4), layer=nn.Conv2d(4, 4, 1))
+    large = torch.randn(2, 4, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    for example in ((), (x,), (large,)):
+        folder = BN_Folder(**switches)
+        same(model := net(forward, conv=conv(), child=child, end=nn.Conv2d(4, 3, 1)), folder.fold(model, *example), [(x,), (odd,), (large,)])
+        assert {'child.bn', 'child.other'} <= {r.name for r in folder.report if not r.folded}
+        if name == 'halved': assert 'chooses its way' in folder.report['child.bn'].why
+
+def test_a_layer_before_several_ways_takes_it_in_where_all_are_it():
+    "against the current a BatchNorm behind them goes into every one"
+    def forward(m, x): return m.bn(m.conv(x) if small(x) else m.conv2(x))
+    model = net(forward, conv=conv(), conv2=conv(), bn=bn())
+    assert folded(model, (), [(x,), (odd,)]).folded == 1
+
+
+def last_of_two(m, x):
+    y = m.norm(m.conv(x)).chunk(2, 1)
+    return m.a(y[0]) + m.b(y[-1])
+def last_of_a_list(m, x):
+    y = m.norm(m.conv(x)).split([2, 2], dim=1)
+    return m.a(y[0]) + m.b(y[-1])
+def last_but_one(m, x):
+    y = m.norm(m.conv(x)).chunk(2, 1)
+    return m.a(torch.tanh(y[-2])) + m.b(y[-1])
+def all_but_the_first(m, x):
+    y = m.norm(m.conv(x)).split(1, 1)
+    return m.a(torch.cat(y[:2], 1)) + m.b(torch.cat(y[2:], 1))
+def by_one_name(m, x):
+    y = m.conv(x).chunk(2, 1)
+    return m.a(y[0]) + m.b(y[-1])
+from_the_end = {f.__name__: f for f in (last_of_two, last_of_a_list, last_but_one, all_but_the_first, by_one_name)}
+
+@pytest.mark.parametrize('norm', [bn, lambda: nn.GroupNorm(2, 4)], ids=['batch', 'group'])
+@pytest.mark.parametrize('name', from_the_end)
+def test_parts_that_are_counted_from_the_end(name, norm):
+    for example in ((), (x,)):
+        for switches in ({}, dict(scales=True), dict(reparameterize=True), dict(series=True)):
+            model = net(from_the_end[name], conv=conv(), norm=norm(), a=nn.Conv2d(2, 2, 1), b=nn.Conv2d(2, 2, 3, padding=1))
+            same(model, BN_Folder(**switches).fold(model, *example), [(x,), (odd,)])
+
+
+def test_the_chunks_of_a_signal_are_not_of_its_channels():
+    "A Linear's are on the last axis: of the others there may be fewer than are asked for"
+    def forward(m, x):
+        parts = [p.mean(1) for p in m.fc(x).chunk(4, 1)]
+        y = m.conv(x.transpose(1, 2))
+        return (y if len(parts) < 4 else m.bn(y)).mean(2) + sum(parts)
+    signals = [torch.randn(2, n, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (8, 5, 3)]
+    for example in ((), signals[:1]): folded(net(forward, fc=nn.Linear(4, 4), conv=nn.Conv1d(4, 4, 1), bn=nn.BatchNorm1d(4)), example, [(s,) for s in signals])
+
+
+Out = collections.namedtuple('Out', 'y more')
+def test_ways_that_give_a_named_tuple():
+    def forward(m, x):
+        y = m.bn(m.conv(x))
+        return Out(y.relu(), y) if x.sum() > 0 else Out(y, y*2)
+    assert folded(pair(forward), (), [(x,), (-x,)]).folded == 1

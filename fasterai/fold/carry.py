@@ -13,7 +13,7 @@ from typing import NamedTuple,Callable
 import torch
 from torch import Tensor
 
-from .flow import Call, Value, values_in
+from .flow import Call, Value, naming, values_in
 
 # %% ../../nbs/03_fold.carry.ipynb #24020f81
 class Stop(Exception):
@@ -41,9 +41,9 @@ def _size(v, d):
     if not isinstance(v, Value) or v.shape is None or v.shape[d] is None: raise Unknown('the size of a tensor on the way is not known')
     return v.shape[d]
 
-def _axis(label, d):
+def _axis(rank, d):
     if not isinstance(d, int): raise Unknown('an axis on the way is not known')
-    return d % label.dim()
+    return d % rank
 
 def _constant(label, axes, op):
     "Nothing may depend on `axes`"
@@ -243,13 +243,11 @@ def _cut(call, t):
     if call.op in ('chunk', 'split', 'unbind') and len(out) < 2: raise Stop(f'`{call.op}` gives one part alone, and may give more')
     return list(out) if isinstance(out, (tuple, list)) else [out]
 
-def _cut_axis(call, label): return _axis(label, _arg(call, _axis_at[call.op], 'dim', 0))
-
 def _full(call, label):
     "`label` spread over every axis that the operation cuts"
     v = call.args[0]
     if call.op != 'getitem':
-        d = _cut_axis(call, label)
+        d = _axis(label.dim(), _arg(call, _axis_at[call.op], 'dim', 0))
         return label.expand([_size(v, d) if i == d else n for i,n in enumerate(label.shape)])
     index = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
     given = len([i for i in index if i is not None and i is not Ellipsis])
@@ -298,7 +296,7 @@ PARTS = _row('slice select narrow unbind split split_with_sizes chunk getitem', 
 BY_SIZE = RESHAPES | PARTS | {'squeeze', 'channel_shuffle', 'native_channel_shuffle', 'pixel_shuffle', 'pixel_unshuffle'} # may give something else at another size of what they are given
 
 # %% ../../nbs/03_fold.carry.ipynb #801b8e7b
-def _cat_axis(call, rank): return _axis(torch.empty([1]*rank), _arg(call, 1, 'dim', 0))
+def _cat_axis(call, rank): return _axis(rank, _arg(call, 1, 'dim', 0))
 
 def _cat_down(call, v, label):
     d = _cat_axis(call, label.dim())
@@ -333,7 +331,9 @@ def _sum_up(call, out, label):
 _row('add sub', None, _sum_up)
 
 # %% ../../nbs/03_fold.carry.ipynb #b3b20b7c
-_row('phi', lambda call,v,label: [(call.outs[0], label)], lambda call,out,label: [(u, label, True) for u in call.args])
+def _phi_down(call, v, label): raise Stop(f'{naming(call.module)} chooses its way by its input, and not every way is known to allow it') # what the other ways give has nothing of the BatchNorm
+
+_row('phi', _phi_down, lambda call,out,label: [(u, label, True) for u in call.args])
 
 # %% ../../nbs/03_fold.carry.ipynb #fc7d48a6
 _names = set("""dim keepdim start_dim end_dim training train p inplace mode padding ceil_mode count_include_pad divisor_override dtype alpha groups upscale_factor downscale_factor size scale_factor

@@ -337,7 +337,7 @@ def was_raised(
     own = tb.tb_frame.f_globals.get('__name__') != 'fasterai.fold.standin' and code.co_filename.split('site-packages/')[-1].split('/')[0] != 'torch' or '/torch/nn/modules/' in code.co_filename
     return own and dis.opname[code.co_code[tb.tb_lasti]] == 'RAISE_VARARGS'
 
-@functools.lru_cache(None)
+@remembered
 def unpacked(
     code:CodeType, # Of a frame that goes through a value just now
     at:int, # Where it does
@@ -346,7 +346,7 @@ def unpacked(
     i = next((i for i in dis.get_instructions(code) if i.offset >= at), None)
     return i.argval if i and i.opname == 'UNPACK_SEQUENCE' else 0
 
-@functools.lru_cache(None)
+@remembered
 def _given_text(code, at):
     "The names that lead to what is called with the text that is made at `at`, and with nothing done to what it returns; `None` if the text is for an error"
     steps = [i for i in dis.get_instructions(code) if i.opname not in ('CACHE', 'PUSH_NULL', 'PRECALL', 'NOP', 'EXTENDED_ARG')]

@@ -284,7 +284,7 @@ def _eps_of(m, shape):
             if isinstance(given, Tensor) and given.shape == want.shape and torch.allclose(given, want, rtol=1e-10, atol=1e-10*want.abs().max().item()): return float(eps)
     return None
 
-def _written_out(flow, name, entry, own):
+def _written_out(name, entry, own):
     "The calls of one run of a module that multiplies its input and adds to it, or `None`"
     x = entry.args[0] if len(entry.args) == 1 else None
     mul = [c for c in x.readers if c.module == name] if x else []
@@ -306,7 +306,7 @@ def read_written_out(
         held = [getattr(m, n, None) for n in _stats]
         if any(not isinstance(t, Tensor) or t not in flow.names or t.dim() != 1 or len(t) != len(m.running_mean) for t in held): continue
         own = [flow.params[flow.names[t]] for t in held]
-        found = [_written_out(flow, name, e, own) for e in entries]
+        found = [_written_out(name, e, own) for e in entries]
         shapes = [e.args[0].shape for e in entries if e.args]
         if None in found or None in shapes or any(len(s) > 1 and s[1] not in (None, len(m.running_mean)) for s in shapes): continue
         eps = {_eps_of(m, s) if len(s) > 1 else None for s in shapes}

@@ -63,10 +63,9 @@ def package_of_frame(
 
 def is_authors(
     f:object,
-    but:tuple=(*_known,), # Packages whose functions are known
 )->bool:
     "Is `f` a function of the model's author's?"
-    return isinstance(f, FunctionType) and package_of(f) not in but
+    return isinstance(f, FunctionType) and package_of(f) not in _known
 
 LIBRARIES = _python | _known | {'numpy', 'fastai', 'fastcore'} # whose classes and modules hold nothing that a `forward` would leave there
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METADATA', 'MODULES', 'PATTERNED', 'TENSORS', 'called_plainly', 'plain_batchnorm', 'settings_of', 'known_layer',
            'is_number', 'type_of', 'types_of', 'custom_op', 'is_foreign', 'name_of', 'operations_in', 'rank_of',
-           'giver', 'is_given', 'sizes_of', 'chunks_of', 'length_of', 'is_plain', 'plain_in', 'content_of', 'given_out']
+           'giver', 'is_given', 'sizes_of', 'chunks_of', 'parts_of', 'length_of', 'is_plain', 'content_of', 'given_out']
 
 # %% ../../nbs/02_fold.known.ipynb #67271e36
 import inspect,math,operator,re,sys
@@ -194,17 +194,25 @@ def sizes_of(node):
     return rank_of(node.args[0]) if type_of(node) is torch.Size and name_of(node) != 'getitem' else None
 
 def _channels(node):
-    "How many channels a layer, or a ReLU behind one, gives; `None` if it is something else"
+    "How many channels a layer, or a ReLU behind one, gives on axis 1; `None` if it is something else"
     m = _layer(node)
     if type(m) is nn.ReLU: return _channels(node.inputs[0])
+    if isinstance(m, nn.Linear) and rank_of(node) != 2: return None # they are on the last axis
     return next((len(t) for t in (*m._parameters.values(), *m._buffers.values()) if t is not None), None) if m else None
 
 def chunks_of(node):
-    "How many parts a chunk of channels has, where that is sure: `torch.chunk` may give fewer than it is asked for"
+    "How many parts a split into given sizes has, or a chunk of channels, where that is sure: `torch.chunk` may give fewer than it is asked for"
+    if name_of(node) in ('split', 'split_with_sizes') and isinstance(sizes := next(iter((*node.args[1:2], *node.kwargs.values())), None), (list, tuple)): return len(sizes)
     given = dict(zip(('input', 'chunks', 'dim'), node.args)) | node.kwargs
     if name_of(node) != 'chunk' or given.get('dim') != 1 or type(given.get('chunks')) is not int: return None
     size = _channels(given['input'])
     return given['chunks'] if size and size % given['chunks'] == 0 else None
+
+def parts_of(node):
+    "How many parts at least a division gives, if each is taken out by its number; 0 if that is not sure"
+    taken = [u.args[1] for u in node.users if u.target is operator.getitem and type(u.args[1]) is int]
+    if len(taken) < len(node.users): return 0
+    return max(taken)+1 if min(taken, default=-1) >= 0 else chunks_of(node) or 0
 
 def length_of(node):
     "How many parts a loop over it runs through, if that is sure"
@@ -213,10 +221,6 @@ def length_of(node):
 # %% ../../nbs/02_fold.known.ipynb #b4d7e2c8
 _plain = (Number, str, bytes, range, Enum, type(None), type(...), torch.Size, torch.dtype, torch.device)
 def is_plain(o): return isinstance(o, _plain)
-
-def plain_in(node):
-    "The numbers, names and slices among a node's arguments, as text"
-    return [str(o) for o in tree_leaves((node.args, node.kwargs)) if o is not None and (is_plain(o) or type(o) is slice)]
 
 def content_of(t):
     "What tells a tensor that is no parameter from another"

@@ -175,12 +175,10 @@ def absorb_batchnorm(
     after:Affine|None=None, # Over the `C` channels
 )->tuple[Tensor,Tensor]: # New weight and bias, `[C]`
     "The γ and β of the one BatchNorm that computes `after(bn(before(x)))`"
-    old = mean if weight is None else weight
-    mu, inv = to_float64(mean), (to_float64(var) + eps).rsqrt()
-    gamma = torch.ones_like(mu) if weight is None else to_float64(weight)
-    beta = torch.zeros_like(mu) if bias is None else to_float64(bias)
+    mu,gamma,beta = map(to_float64, (mean, weight, bias))
+    inv = (to_float64(var) + eps).rsqrt()
     if before is not None:
         beta = beta + gamma*inv*(before.shift - mu + before.scale*mu)
         gamma = gamma*before.scale
     if after is not None: gamma, beta = after.scale*gamma, after.scale*beta + after.shift
-    return like(old, gamma), like(old, beta)
+    return like(weight, gamma), like(bias, beta)

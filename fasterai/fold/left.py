@@ -182,7 +182,7 @@ class Left:
         self.all_told = [line for at,o in self.places.items() for n,v in o.items() for line in told(v, (at, n), self.saved, seen)] # now: a tensor may be written into
         self.numbers = str(alike(self.all_told)) # where one stand-in is like another
 
-    def told(self, o, path=()): return told(o, path, self.saved)
+    def told(self, o): return told(o, saved=self.saved)
 
     def put_back(self):
         for h,old in self.saved.values(): put_back(h, old)

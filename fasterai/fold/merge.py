@@ -62,15 +62,20 @@ def _held_against(model, new, example):
         with untouched(new[m]): outs.setdefault(m, []).append(_try(lambda: new[m](*cloned(args), **cloned(kwargs)))) # a block may call itself
     def after(m, args, kwargs, out):
         made = outs[m].pop()
-        found = made if isinstance(made, str) else _try(lambda: difference(out, made))
-        limit = tolerance_for(out, m)
-        wrong = found if isinstance(found, str) else 'it gives no tensor to compare' if not tensors_in(out) else 'it gives no finite number to compare' if not found.compared else f'what it gives differs by {found.relative:.2g}' if not found.relative <= limit else ''
-        why[m] = why.get(m) or wrong
+        why[m] = why.get(m) or _wrong(m, out, made)
     for m in new: handles += [m.register_forward_pre_hook(before, with_kwargs=True), m.register_forward_hook(after, with_kwargs=True)]
     try: run(model, *cloned(example))
     finally:
         for h in handles: h.remove()
     return {m: why.get(m, 'it is not called on the example') for m in new}
+
+def _wrong(m, out, made):
+    "What is wrong with `made`, an output or the text of an error, beside what `m` gave: '' if nothing is"
+    found = made if isinstance(made, str) else _try(lambda: difference(out, made))
+    if isinstance(found, str): return found
+    if not tensors_in(out): return 'it gives no tensor to compare'
+    if not found.compared: return 'it gives no finite number to compare'
+    return '' if found.relative <= tolerance_for(out, m) else f'what it gives differs by {found.relative:.2g}'
 
 def _try(f):
     "What `f` gives, or the text of its error"

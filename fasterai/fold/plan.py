@@ -9,7 +9,7 @@ __all__ = ['NEIGHBOURS', 'THROUGH', 'Row', 'Plan', 'in_all_ways', 'plan_folds']
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 from fastcore.basics import groupby,patch
 from torch import nn
@@ -137,7 +137,7 @@ def heir(self:Finder, rest):
     return rest[0] if all(type(v) in ATOMS or type(v) in (dict, set, OrderedDict) and not v for v in vars(m).values()) else ''
 
 # %% ../../nbs/06_fold.plan.ipynb #b4535ca7
-def _stat_names(flow, call): return tuple(v and v.name for v in call.args[1:5])
+def _stat_names(call): return tuple(v and v.name for v in call.args[1:5])
 
 @patch
 def described(self:Finder, name, calls):
@@ -150,8 +150,8 @@ def described(self:Finder, name, calls):
         return Row(name, stats=tuple(v.name for v in first[1]), steps=tuple(first[2]), size=first[4], bare=calls[0].kwargs.get('bare', False))
     if first[5] is not False: raise Stop('it has no running statistics and uses those of the batch')
     if any(c.args[5] is not False for c in calls): raise Stop('it does not always use its running statistics')
-    stats = _stat_names(self.flow, calls[0])
-    if len({(_stat_names(self.flow, c), c.args[7]) for c in calls}) > 1: raise Stop('it is not always called in the same way')
+    stats = _stat_names(calls[0])
+    if len({(_stat_names(c), c.args[7]) for c in calls}) > 1: raise Stop('it is not always called in the same way')
     if '' in stats: raise Stop('its statistics or its weight are computed' + (' (see `bake`)' if computing(self.flow.modules[name]) else ''))
     return Row(name, stats=stats, eps=first[7])
 
@@ -301,10 +301,12 @@ def _happens(call): return call.op == 'squeeze' or call.op == 'add' and any(type
 def in_all_ways(
     flow:Flow, # A recorded run
     symbolic:Flow, # The symbolic trace of the same model
-    rows:dict, # What is planned from the trace alone, by name
-    elsewhere:Callable|None=None, # `elsewhere()`: what is planned from each run at another size, and its calls, where that is asked
-)->Callable: # `of(name)` gives a check of a `Row`, which returns it or raises `Stop`
+    planned:Callable, # `planned(symbolic)`, or `planned(flow, symbolic)`, gives a `Plan`
+    resized:Callable|None=None, # `resized()` gives runs at other sizes, where they are asked for
+)->tuple: # What is planned from the trace alone, by name; and `of(name)`, a check of a `Row`, which returns it or raises `Stop`
     "Holds what a recorded run shows against all the ways that a `forward` can take"
+    by_name = lambda *flows: {r.name: r for r in planned(*flows)}
+    rows,elsewhere = by_name(symbolic), resized and cache(lambda: [(by_name(o, symbolic), o.calls) for o in resized()])
     through = {} # the modules that a value goes into or comes out of
     for e in flow.entries:
         for v in (*e.args, *e.outs): through.setdefault(v, set()).add(e.name)
@@ -337,7 +339,7 @@ def in_all_ways(
             if elsewhere: _at_other_sizes(row, ways, elsewhere, '' in by_more)
             return altered(row, alone=False)
         return check
-    return of
+    return rows, of
 
 def _uncalled(flow, name, row):
     "The `Row` of a BatchNorm that the recorded run did not call, given its symbolic one"
@@ -348,7 +350,7 @@ def _uncalled(flow, name, row):
 
 def _untraced(symbolic, name):
     "Why a BatchNorm is not in a symbolic flow"
-    if any(e.name == name for e in symbolic.entries): return 'its `forward` does not normalise as a BatchNorm does'
+    if name and any(e.name == name for e in symbolic.entries): return 'its `forward` does not normalise as a BatchNorm does'
     at = next((f for f in symbolic.failed if under(name, f)), None)
     if at is None: return 'nothing calls it'
     return f"the `forward` of {naming(at)} can't be followed without an example: {symbolic.failed[at]}"
@@ -363,11 +365,8 @@ def plan_folds(
     others:Callable|None=None, # With a recorded run: `others()` gives runs at other sizes, where they are asked for
 )->Plan: # Depends on the model's structure, not on its values
     "What becomes of every BatchNorm of `flow`'s model"
-    keep,traced,confirm = keep or {},{},None
-    if symbolic:
-        by_name = lambda *flows: {r.name: r for r in plan_folds(*flows, keep=keep, sides=sides)}
-        traced = by_name(symbolic)
-        confirm = in_all_ways(flow, symbolic, traced, others and cache(lambda: [(by_name(o, symbolic), o.calls) for o in others()]))
+    keep = keep or {}
+    traced,confirm = in_all_ways(flow, symbolic, partial(plan_folds, keep=keep, sides=sides), others) if symbolic else ({}, None)
     rows = Finder(flow, symbolic).judged(keep, sides, confirm)
     for name in dict.fromkeys([*(n for n,m in flow.model.named_modules() if isinstance(m, _BatchNorm) or n in traced), *traced]):
         if name in rows: continue

@@ -166,6 +166,11 @@ def _name(func):
     name = getattr(func, '__name__', '')
     return getattr(func.__self__, '__name__', '') if name == '__get__' else name
 
+def _leaked(name, args, kwargs):
+    "The tensors out of which the function called `name` takes numbers, and dispatches nothing"
+    if name in _leaks: return [t for t in args[:1] if isinstance(t, Tensor)]
+    return values_in([o for o in (*args, *kwargs.values()) if not isinstance(o, Tensor)], Tensor) if name in _makers else [] # out of tensors in a list
+
 def _as_cut(x, index):
     "`x[index]`, of which PyTorch says nothing, where it takes all that there is at this size, as a cut that is an operation"
     index,axis = index if isinstance(index, tuple) else (index,), 0
@@ -179,16 +184,11 @@ class _Leaks(TorchFunctionMode):
     "Marks the values that Python takes out, and those whose shape it asks for"
     def __init__(self, recorder): super().__init__(); self.recorder = recorder
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, '__name__', '') in _leaks and args and isinstance(args[0], Tensor):
-            with torch._C.DisableTorchFunction(): self.recorder.value(args[0]).outside = f'`{func.__name__}`'
-            self.recorder.flow.branches.update(self.recorder.stack)
-        elif getattr(func, '__name__', '') in _makers: # PyTorch takes the numbers out of tensors in a list, and dispatches nothing
-            leaked = values_in([o for o in (*args, *(kwargs or {}).values()) if not isinstance(o, Tensor)], Tensor)
-            with torch._C.DisableTorchFunction():
-                for t in leaked: self.recorder.value(t).outside = f'`{func.__name__}`'
-            if leaked: self.recorder.flow.branches.update(self.recorder.stack)
-        elif _name(func) in _asks:
-            with torch._C.DisableTorchFunction(): self.recorder.value(args[0]).asked = True
+        leaked = _leaked(getattr(func, '__name__', ''), args, kwargs or {})
+        with torch._C.DisableTorchFunction():
+            for t in leaked: self.recorder.value(t).outside = f'`{func.__name__}`'
+            if not leaked and _name(func) in _asks: self.recorder.value(args[0]).asked = True
+        if leaked: self.recorder.flow.branches.update(self.recorder.stack)
         out = func(*args, **(kwargs or {}))
         if not values_in([out], Tensor) and not _name(func).startswith('__set'): self.recorder.flow.askers.update(self.recorder.stack[-1:])
         cut = func is Tensor.__getitem__ and out.layout is torch.strided and args[0].layout is torch.strided and out.data_ptr() == args[0].data_ptr() and _geometry(out) == _geometry(args[0])

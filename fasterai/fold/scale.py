@@ -45,7 +45,7 @@ def _operand(what, o, held, calls):
     name = _own(o, held, calls)
     return (what, name, o.shape) if name else None
 
-def _steps(flow, entry, held):
+def _steps(entry, held):
     "The calls of one run of a module, and the steps that they are; `None` where it does anything else"
     if not entry.one or len(entry.args) != 1 or len(entry.outs) != 1 or not isinstance(entry.args[0], Value): return None
     x,calls,steps = entry.args[0], [], []
@@ -82,7 +82,7 @@ def read_scales(
         m = flow.modules[name]
         held = {flow.names[t]: t.numel() for t in (*m._parameters.values(), *m._buffers.values()) if isinstance(t, Tensor) and t.is_floating_point()}
         if not held or m._modules: continue
-        found = [_steps(flow, e, held) for e in entries]
+        found = [_steps(e, held) for e in entries]
         if None in found: continue
         axes = [_axis(steps, e.args[0].shape, held) for e,(_,steps) in zip(entries, found)]
         if None in axes or len({str(steps) for _,steps in found}) > 1 or not any(isinstance(o, str) for _,o,_ in found[0][1]): continue

@@ -78,7 +78,8 @@ class Place(str):
         self.number = number
         return self
     def __eq__(self, o):
-        return self.number.tracer.choose() if _compares(sys._getframe(1)) else str.__eq__(self, o)
+        frame = sys._getframe(1)
+        return self.number.tracer.choose() if package_of_frame(frame) not in OURS and _compares(frame) else str.__eq__(self, o)
     def __ne__(self, o): return not self == o
     def __str__(self): return self
     __hash__ = str.__hash__

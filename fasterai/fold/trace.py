@@ -6,7 +6,7 @@
 __all__ = ['trace_flow', 'same_outline']
 
 # %% ../../nbs/05_fold.trace.ipynb #acd8da21
-import operator,threading
+import threading
 from functools import cache
 from operator import itemgetter
 
@@ -23,7 +23,7 @@ from .code import KINDS_ASKED, functions_of, reading, runs_apart, variants
 from .flow import Entry, Flow, Value, altered, mapped, naming, read_written_out, tensors_of, under, values_in
 from .held import codes_in, held_in, uncollected
 from .left import meets, read, shared_by
-from .known import METADATA, called_plainly, custom_op, is_foreign, is_plain, known_layer, name_of, plain_batchnorm, type_of
+from .known import METADATA, called_plainly, custom_op, is_foreign, is_plain, known_layer, name_of, parts_of, plain_batchnorm, type_of
 from .layers import LAYERS, layer_call
 from .shapes import shape_of
 from .standin import INPLACE, Impossible, Node, Opaque, Refused
@@ -116,8 +116,8 @@ class _Graph:
         if _varies(op, args, kwargs) or self.in_steps(_numbers(op, args, kwargs)[0]): self.flow.branches.add(stack[-1])
         if any(map(_is_given, values_in((args[1:], kwargs)))): self.flow.askers.add(stack[-1])
         if op in ('batch_norm', 'instance_norm'): args,kwargs = _with_statistics(node.target, args, kwargs), {}
-        parts = [u.args[1] for u in node.users if u.op == 'call_function' and u.target is operator.getitem and isinstance(u.args[1], int)]
-        n = max(parts, default=-1)+1 if op in ('chunk', 'split', 'unbind') and len(parts) == len(node.users) else 0
+        n = parts_of(node) if (divides := op in ('chunk', 'split', 'unbind')) else 0
+        if divides and not n: op = f'torch.{op}' # into a list, of which nobody knows how long it is
         custom = custom_op(node.target)
         writes = custom and any(getattr(custom, o)._schema.is_mutable for o in custom.overloads())
         return self.call(op, args, kwargs, stack, inplace or bool(kwargs.get('inplace')) or 'out' in kwargs, n, bool(writes or is_foreign(node)))

@@ -37,7 +37,7 @@ _of_kind,_as_text = {'isinstance', 'hasattr', 'type'}, {'repr', 'str'} # and a l
 _listing = {'iter', 'reversed', 'list', 'tuple', 'sorted'} # the parts
 _of_python = {*_asking, *_listing, 'enumerate', 'zip', 'next', 'getattr', 'super'}
 _out_of_sight = {'vars', 'eval', 'exec', 'locals', 'globals', '__import__', '_getframe', 'currentframe', 'get_objects', 'get_referrers', 'getmembers', 'set_default_dtype', 'set_default_device', 'set_default_tensor_type'}
-_plain_facts,_plain = {'training', '_get_name', 'extra_repr', '__class__'}, (*ATOMS, bool, list, tuple, dict, set)
+_plain_facts,_plain = {'training', '_get_name', 'extra_repr', '__class__'}, (*ATOMS, list, tuple, dict, set)
 
 def _may_change(c): return not c._modules and bool(c._parameters or c._buffers)
 
@@ -208,9 +208,6 @@ def of_Compare(self:Uses, n):
     return set() if all(isinstance(o, (ast.Is, ast.IsNot)) for o in n.ops) else self.lose(tags) # by a method of its own
 
 @patch
-def of_FormattedValue(self:Uses, n): return self.lose(self.value(n.value))
-
-@patch
 def of_List(self:Uses, n): return {(c, d+1) for e in n.elts for c,d in self.value(e)}
 Uses.of_Tuple = Uses.of_Set = Uses.of_List
 
@@ -313,7 +310,7 @@ def of_Call(self:Uses, n):
             return self.listed(n.func.attr, of)
     callee = self.value(n.func)
     self.used |= {c for c,_ in callee}
-    if self.m in self.used: self.used.discard(self.m)
+    self.used.discard(self.m)
     self.hand_over(n)
     return set()
 

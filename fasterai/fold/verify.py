@@ -173,7 +173,7 @@ class Comparison:
 
 # %% ../../nbs/08_fold.verify.ipynb #0adbde42
 def _summary(out):
-    values = [t.detach().double().cpu().flatten() for t in tensors_in(out) if t.numel() and not t.is_meta]
+    values = [t.detach().double().cpu().flatten() for t in tensors_in(out) if t.numel() and not (t.is_meta or t.is_complex())]
     return tuple(f(torch.cat(values)).item() for f in (torch.min, torch.mean, torch.max)) if values else ()
 
 def compare(

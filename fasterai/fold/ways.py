@@ -139,7 +139,7 @@ def merge(self:Tracer, m, outs):
     if all(o is first for o in outs): return first
     if all(issubclass(type(o), fx.Proxy) for o in outs): return self.create_proxy('call_function', phi, tuple(outs), {})
     if all(type(o) is type(first) for o in outs):
-        if isinstance(first, (list, tuple)) and len({len(o) for o in outs}) == 1: return type(first)(self.merge(m, o) for o in zip(*outs))
+        if isinstance(first, (list, tuple)) and len({len(o) for o in outs}) == 1: return getattr(first, '_make', type(first))(self.merge(m, o) for o in zip(*outs)) # a named tuple
         if isinstance(first, dict) and all([*o] == [*first] for o in outs): return {k: self.merge(m, [o[k] for o in outs]) for k in first}
         if all(told(o) == told(first) for o in outs): return first
     raise Opaque(m, 'its ways give different things')

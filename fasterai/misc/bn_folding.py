@@ -19,7 +19,7 @@ from ..fold.carry import CARRIERS
 from ..fold.computed import rewritten_computations
 from ..fold.code import named_by
 from ..fold.flow import altered, brief, naming
-from ..fold.held import afresh, plain_device
+from ..fold.held import afresh, plain_device, same_random_state
 from ..fold.inputs import check_model, is_learner, learner_example, unwrapped
 from ..fold.layers import LAYERS, NORMS
 from ..fold.left import read
@@ -91,7 +91,9 @@ class BN_Folder:
         _check_switches(inplace=inplace)
         model,xs = self._inputs(model, xs, kwargs)
         core = unwrapped(model)
-        with afresh(), torch.inference_mode(False): plan,notes = self._in_steps(core, xs, kwargs, inplace, keep=False)[1::2] if self._steps else (self._of(core, xs, kwargs).plan(), ())
+        with afresh(), torch.inference_mode(False):
+            if self._steps: _,plan,_,notes = self._in_steps(core, xs, kwargs, inplace, keep=False)
+            else: plan,notes = self._of(core, xs, kwargs).plan(),()
         return Report(plan, count_parameters(model), notes=tuple(notes))
 
     def fold(self,
@@ -135,7 +137,7 @@ class BN_Folder:
                 parts = _parts(model)
                 stay = rewritten_computations(model)
                 more_notes = [f'{naming(n)} still computes its weights: {naming(stay[m])} may change what they are computed from' for n,m in model.named_modules() if m in stay]
-                undo.callback(bake(model, stay))
+                with same_random_state(): undo.callback(bake(model, stay))
                 _unasked_for(model, parts - _parts(model), advice)
             try:
                 if self.reparameterize and want is None: notes = unasked(model)
