@@ -25,7 +25,7 @@ notebooks: $(VENV)/done ## Run every notebook and save what it shows
 
 bench: $(VENV)/done ## Everything in benchmarks/, one after the other (resumable, hours)
 	$(BIN)/python -m pip install --quiet onnx onnxscript onnxruntime
-	cd benchmarks && for args in coverage.py "coverage.py --sources pytorchcv" "coverage.py --sources torchvision" "coverage.py --timm-limit 10" peers.py beyond.py latency.py "latency.py --compile" cost.py numerics.py fuzz.py; do ../$(BIN)/python $$args || exit 1; done
+	cd benchmarks && for args in coverage.py "coverage.py --sources pytorchcv" "coverage.py --sources torchvision" "coverage.py --timm-limit 10" "peers.py --all" beyond.py latency.py "latency.py --compile" cost.py numerics.py fuzz.py; do ../$(BIN)/python $$args || exit 1; done
 
 dist: $(VENV)/done ## A wheel and an sdist
 	$(BIN)/python -m build

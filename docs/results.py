@@ -48,9 +48,12 @@ def general(why): return re.sub('`[^`]*`', '`…`', why)
 def code(text): return re.sub('`([^`]*)`', r'<code>\1</code>', escape(text, quote=False))
 
 
+def coverage_files(): return sorted(folder.glob('coverage*.json'))
+
+
 def networks():
     "The coverage benchmarks, a row a network that ran: name, with an example, without"
-    found = {k: v for file in folder.glob('coverage*.json') for k,v in json.loads(file.read_text())['networks'].items()}
+    found = {k: v for file in coverage_files() for k,v in json.loads(file.read_text())['networks'].items()}
     return [(k, v['with'], v['without']) for k,v in sorted(found.items()) if 'with' in v]
 
 
@@ -60,7 +63,7 @@ def coverage_totals():
     total = sum(w['total'] for w,_ in done)
     line = lambda kind, i: (kind, sum(r[i]['folded'] for r in done), total, f"{sum(r[i]['folded'] for r in done)/total:.1%}", max(r[i]['error'] for r in done), sum(r[i]['wrong'] for r in done))
     return html(table(['fold', 'BatchNorms folded', 'of', 'share', 'largest relative difference, float64', 'networks with another output'],
-                      [line('with an example', 0), line('without', 1)])) + '\n\n' + where('coverage', load('coverage'))
+                      [line('with an example', 0), line('without', 1)])) + ''.join(f'\n\n{where(f.stem, load(f.stem))}' for f in coverage_files())
 
 
 def coverage_table():

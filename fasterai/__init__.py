@@ -1,4 +1,3 @@
-__version__ = "0.0.1"
 "Fold BatchNorm into the layers beside it"
 from importlib.metadata import version
 

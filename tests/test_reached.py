@@ -6,6 +6,7 @@ import numpy as np, pytest, torch
 import torch.nn.functional as F
 from torch import nn
 
+from fasterai.fold.held import reached
 from fasterai.fold.verify import difference, run
 from fasterai.misc.bn_folding import BN_Folder
 from helpers import assert_untouched, fold, net, randomise, snapshot
@@ -366,3 +367,13 @@ def test_a_caller_gives_numbers_to_operations(way, followed):
             want = run(model, (x,), more)
             torch.manual_seed(0)
             assert difference(want, run(new, (x,), more)).relative < 1e-12
+
+
+def looks_up(m, x): return sys.modules[m.library].relu(m.bn(m.conv(x)))
+def test_code_that_looks_up_a_python_module():
+    "keeps what it reads, and does not lead to all that was ever imported"
+    model = pair(looks_up)
+    model.library = 'torch'
+    found = [*reached(type(model))]
+    assert any(o is sys.modules for o,_ in found) and len(found) < 100
+    folded(model, (x,), [(x,), (odd,)])

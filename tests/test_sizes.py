@@ -232,7 +232,7 @@ def test_a_way_of_its_own_for_one_size():
 def test_nothing_but_the_batch_grows_on_a_gpu():
     "where an index that is too large for its table can't be caught"
     for shapes in ([(2, 3, 8, 8)], [(1, 3, 128, 131)], [(4, 64, 4)], [(2, 1, 1)], [(2, 3, 8, 8), (2, 5)]):
-        until, besides = _changes(shapes, grow=False)
+        until, besides, _ = _changes(shapes, grow=False)
         assert all(n <= shapes[i][d] for changes in (*until, *besides) for c in changes for (i, d), n in c.items() if d)
 
 
@@ -259,3 +259,16 @@ def test_runs_at_other_sizes_leave_nothing_behind(numbers):
     model.seen, model.calls, model.numbers = [], 0, numbers
     new = BN_Folder().fold(model, images(2, 4, 8, 8))
     for m in (model, new): assert m.seen == [] and m.calls == 0 and not any(t.is_meta for t in m.state_dict().values())
+
+
+class Windowed(nn.Module):
+    "Takes signals whose frames come in windows, four numbers apart"
+    def __init__(self): super().__init__(); self.conv, self.bn, self.fc = nn.Conv1d(2, 4, 1, stride=4), nn.BatchNorm1d(4), nn.Linear(20, 3)
+    def forward(self, x):
+        y = self.conv(x)
+        if y.shape[-1] % 5: raise ValueError('five frames make a window')
+        return self.fc(self.bn(y.relu()).reshape(-1, 20))
+
+def test_a_model_that_takes_few_lengths():
+    short, long = (torch.randn(2, 2, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (17, 37))
+    for example in ((), (short,), (long,)): folded(randomise(Windowed()).double(), example, [(short,), (long,)])

@@ -876,11 +876,11 @@ def plainly(x, s, t): return x*s + t
 def of_a_dtype(x, s, t): return x*s.to(x.dtype) + t.to(x.dtype)
 def by_aspect(x, s, t): return x*(s*aspect(x)) + t
 def by_alpha(x, s, t): return torch.add(x*s, t, alpha=aspect(x))
-def by_name(x, s, t): return torch.mul(x, other=s*aspect(x)) + t
+def by_keyword(x, s, t): return torch.mul(x, other=s*aspect(x)) + t
 def written(f): return lambda m, x: f(x, *m.affine())
 def by_eps(m, x): return plainly(x, *m.affine(aspect(x)**9))
 def in_the_call(m, x): return F.batch_norm(x, m.running_mean, m.running_var, m.weight, m.bias, False, 0., m.eps*aspect(x)**9)
-frozen = {f.__name__: written(f) for f in (plainly, of_a_dtype, by_aspect, by_alpha, by_name)} | dict(by_eps=by_eps, in_the_call=in_the_call)
+frozen = {f.__name__: written(f) for f in (plainly, of_a_dtype, by_aspect, by_alpha, by_keyword)} | dict(by_eps=by_eps, in_the_call=in_the_call)
 
 
 @pytest.mark.parametrize('example', [False, True])

@@ -308,7 +308,7 @@ def reached(
                 if package_of(type(o)) not in LIBRARIES: made.add(type(o)) # its metaclass
                 if issubclass(type(o), EnumMeta): parts += [*o]
             elif isinstance(o, functools._lru_cache_wrapper): parts.append(o.__wrapped__)
-            else:
+            elif o is not sys.modules: # which would lead to everything
                 parts += content(o) or [f for f in behind(o) if f is not o]
                 seen.add(type(o))
             todo += [(v, False) for v in parts]

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from .held import ATOMS, OWN, is_authors, package_of, remembered
+from .held import ATOMS, OWN, is_authors, package_of, remembered, slots_of
 from .layers import LAYERS
 
 # %% ../../nbs/02_fold.known.ipynb #0df28b9b
@@ -232,5 +232,5 @@ def given_out(o):
     if issubclass(type(o), fx.Proxy): return o.node
     if isinstance(o, dict): return {k: given_out(v) for k,v in o.items()}
     if isinstance(o, (tuple, list)): return [type(o).__name__, *map(given_out, o)]
-    if is_dataclass(o): return [type(o).__name__, given_out(vars(o))]
+    if is_dataclass(o): return [type(o).__name__, given_out(getattr(o, '__dict__', {}) | slots_of(o))]
     return o if is_plain(o) else content_of(o) if isinstance(o, Tensor) else type(o).__name__

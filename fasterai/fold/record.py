@@ -23,7 +23,7 @@ from .carry import BY_SIZE, SAME
 from .known import custom_op
 from .flow import Entry, Flow, Value, mapped, read_written_out, storage_of, values_in
 from .code import named_by
-from .held import same_random_state, young_garbage
+from .held import same_random_state, slots_of, young_garbage
 from .memory import untouched
 
 # %% ../../nbs/04_fold.record.ipynb #87d216db
@@ -240,7 +240,7 @@ def tensors_in(
     if id(tree) in _seen: return []
     _seen.add(id(tree))
     if isinstance(tree, dict): tree = [*tree.values()]
-    elif not isinstance(tree, (tuple, list, set, frozenset)): tree = [*getattr(tree, '__dict__', {}).values()]
+    elif not isinstance(tree, (tuple, list, set, frozenset)): tree = [*getattr(tree, '__dict__', {}).values(), *slots_of(tree).values()]
     return [t for o in tree for t in tensors_in(o, _seen)]
 
 # %% ../../nbs/04_fold.record.ipynb #649cb2d9

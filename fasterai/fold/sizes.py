@@ -38,7 +38,7 @@ def _tied(shapes):
         for times in (tied, lambda s, d, by: by): yield {(i, d): n*times(s, d, by) if d else min(n, 2) for i,s in enumerate(shapes) for d,n in enumerate(s)}
 
 def _changes(shapes, grow):
-    "What to try, until something of it runs; and what to try besides, in each case until one runs"
+    "What to try, until something of it runs; what to try besides, in each case until one runs; and what to try where nothing ran that has other places"
     together = {}
     for i,shape in enumerate(shapes):
         for d in (d for d,n in enumerate(shape) if n): together.setdefault((d, shape[d]), []).append((i, d))
@@ -58,7 +58,8 @@ def _changes(shapes, grow):
              for c in ({(d, n): _sizes(n, grow)[0] for d,n in enumerate(s) if d != 1}, *traded([*enumerate(s)]))]
     tied = _tied(shapes) if grow else []
     besides = [*([to({g: 1})] for g in together), [*map(to, smallest)], *([to(s)] for s in long), *([s] for s in (*alone, *tied))]
-    return [[*map(to, changes)] for changes in until], besides
+    steps = [{g: g[1]+n for g in some} for n in (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32) for some in (places, *([g] for g in places)) if grow and places]
+    return [[*map(to, changes)] for changes in until], besides, [*map(to, steps)]
 
 def _resized(example, change):
     "The same with other sizes: of its numbers some are left out, or come again"
@@ -99,14 +100,18 @@ def flows_at_other_sizes(
     grow = all(t.device.type == 'cpu' for t in (*held_in(model, Tensor), *held_in(example, Tensor)))
     if not grow and (moved := _on_cpu(model, example, known)): (model,example),grow = moved,True
     mapped(example, Tensor, tensors.append)
-    until,besides = _changes([t.shape for t in tensors], grow)
+    until,besides,steps = _changes([t.shape for t in tensors], grow)
+    elsewhere = set() # axes of places that had another size in a run
     def tried(example, change):
-        try: return [record_flow(model, *_resized(example, change), known)[0]]
+        try: flows = [record_flow(model, *_resized(example, change), known)[0]]
         except Exception: return [] # it takes no such input
+        elsewhere.update(d for (i,d),n in change.items() if d > 1 and n != tensors[i].shape[d])
+        return flows
     def changed(changes):
         for c in changes:
             if any(n != tensors[i].shape[d] for (i,d),n in c.items()): yield tried(example, c)
     for changes in until: found = found or sum(changed(changes), [])
     for changes in besides: found += next(filter(None, changed(changes)), [])
+    if not elsewhere: found += sum(changed(steps), [])
     if (longer := _longer(example)) != example: found += tried(longer, {})
     return found
