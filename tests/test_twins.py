@@ -688,7 +688,8 @@ def test_type_is_answered_for_containers_alone(forward, why):
 
 @pytest.mark.parametrize('forward, channels, folded', [
     (lambda m, x: torch.cat([m.bn(m.conv(c)) for c in m.first(x).chunk(2, dim=1)], 1), 8, True),
-    (lambda m, x: torch.cat([m.bn(m.conv(c)) for c in torch.chunk(m.first(x).relu(), 2, 1)], 1), 8, False), # behind anything but a layer the number is not known
+    (lambda m, x: torch.cat([m.bn(m.conv(c)) for c in torch.chunk(F.silu(m.first(x)).tanh(), 2, 1)], 1), 8, True),
+    (lambda m, x: torch.cat([m.bn(m.conv(c)) for c in torch.chunk(m.first(x).flip(1), 2, 1)], 1), 8, False), # behind anything but a layer or an activation the number is not known
     (lambda m, x: torch.cat([m.bn(m.conv(F.pad(c, (0, 0, 0, 0, 0, 4 - c.shape[1])))) for c in m.first(x).chunk(4, dim=1)], 1), 5, False), # there are three
     (lambda m, x: torch.cat([m.bn(m.conv(c)) for c in x.chunk(1, dim=1)], 1), 4, False),
     (lambda m, x: torch.cat([m.bn(m.conv(c)) for c in m.first(x).chunk(1, dim=0)], 1), 4, False)])

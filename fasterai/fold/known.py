@@ -141,6 +141,8 @@ def _rank_of_pattern(node):
     _,arrow,right = re.sub(r'\([^()]*\)', ' _ ', pattern).partition('->')
     return len(right.split()) if arrow and not {'.', '…'} & {*right} else None
 
+_keep_channels = {'batch_norm', 'relu', 'relu_', 'relu6', 'leaky_relu', 'leaky_relu_', 'elu', 'elu_', 'selu', 'celu', 'gelu', 'silu', 'silu_', 'mish', 'hardswish', 'hardswish_', 'hardtanh', 'hardsigmoid', 'sigmoid', 'tanh', 'softplus',
+                  'dropout', 'dropout2d', 'contiguous', 'clone', 'detach'}
 _ranks = {nn.Conv1d: 3, nn.Conv2d: 4, nn.BatchNorm2d: 4, nn.Conv3d: 5, nn.BatchNorm3d: 5}
 _keep_rank = {'batch_norm', 'instance_norm', 'group_norm', 'layer_norm', 'relu', 'relu_', 'relu6', 'prelu', 'leaky_relu', 'elu', 'gelu', 'silu', 'mish', 'hardswish', 'hardtanh', 'hardsigmoid', 'sigmoid', 'tanh',
               'softmax', 'dropout', 'contiguous', 'clone', 'detach', 'float', 'to', 'interpolate', 'pad', 'transpose', 'permute', 'pixel_shuffle', 'adaptive_avg_pool1d', 'adaptive_avg_pool2d', 'adaptive_avg_pool3d',
@@ -194,9 +196,9 @@ def sizes_of(node):
     return rank_of(node.args[0]) if type_of(node) is torch.Size and name_of(node) != 'getitem' else None
 
 def _channels(node):
-    "How many channels a layer, or a ReLU behind one, gives on axis 1; `None` if it is something else"
+    "How many channels a layer, or an activation behind one, gives on axis 1; `None` if it is something else"
     m = _layer(node)
-    if type(m) is nn.ReLU: return _channels(node.inputs[0])
+    if type(m) is nn.ReLU or not m and name_of(node) in _keep_channels and node.inputs: return _channels(node.inputs[0])
     if isinstance(m, nn.Linear) and rank_of(node) != 2: return None # they are on the last axis
     return next((len(t) for t in (*m._parameters.values(), *m._buffers.values()) if t is not None), None) if m else None
 
