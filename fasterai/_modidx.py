@@ -475,6 +475,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fasterai.fold.plan.Row.module': ('fold.plan.html#row.module', 'fasterai/fold/plan.py'),
                                     'fasterai.fold.plan.Row.same': ('fold.plan.html#row.same', 'fasterai/fold/plan.py'),
                                     'fasterai.fold.plan.Row.shifts': ('fold.plan.html#row.shifts', 'fasterai/fold/plan.py'),
+                                    'fasterai.fold.plan.Row.within': ('fold.plan.html#row.within', 'fasterai/fold/plan.py'),
                                     'fasterai.fold.plan._at_other_sizes': ('fold.plan.html#_at_other_sizes', 'fasterai/fold/plan.py'),
                                     'fasterai.fold.plan._callers': ('fold.plan.html#_callers', 'fasterai/fold/plan.py'),
                                     'fasterai.fold.plan._happens': ('fold.plan.html#_happens', 'fasterai/fold/plan.py'),

@@ -47,10 +47,13 @@ class Row:
 
     def __repr__(self): return f'Row({self.name!r}, ' + (f'into={self.into!r})' if self.folded else f'why={self.why!r})')
 
+    def within(self, o):
+        "Does `o` fold it in the same way, and maybe into more layers, which other inputs reach?"
+        theirs = {a.weight: a for a in o.absorbs}
+        return (self.through, self.joins) == (o.through, o.joins) and all(a.weight in theirs and a.same(theirs[a.weight]) for a in self.absorbs)
     def same(self, o):
         "Does `o` fold it in the same way?"
-        mine,others = (sorted(r.absorbs, key=lambda a: (a.layer, a.weight)) for r in (self, o))
-        return (self.through, self.joins, len(mine)) == (o.through, o.joins, len(others)) and all(map(Absorb.same, mine, others))
+        return self.within(o) and o.within(self)
     @property
     def folded(self): return not self.why
     @property
@@ -253,9 +256,7 @@ def _involved(way):
 
 def _callers(flow):
     "By whom each module is called, by its name"
-    found = {}
-    for e in flow.entries: found.setdefault(e.name, set()).add(e.stack[-2:])
-    return found
+    return {n: {*stacks} for n,stacks in groupby(flow.entries, lambda e: e.name, lambda e: e.stack[-2:]).items()}
 
 _by_size = BY_SIZE | {'flatten', 'cat', 'concat', 'concatenate'}
 
@@ -319,7 +320,7 @@ def in_all_ways(
     odd = {c.module for c in symbolic.calls if c.op == 'batch_norm' and c.args[5] is not False}
     def of(name):
         def check(row, ways):
-            if name in rows and rows[name].folded and row.same(rows[name]): return altered(row, alone=rows[name].alone) # proven for every way that there is
+            if name in rows and rows[name].folded and row.within(rows[name]): return rows[name] # proven for every way that there is
             if name in odd: raise Stop('it does not always use its running statistics')
             for n in filter(None, (*row.stats, *(n for a in row.absorbs for n in (a.weight, a.bias)))):
                 if other := symbolic.params[n].outside or min((naming(s[0]) for s in more(callers(symbolic, n), callers(flow, n))), default=''): raise Stop(f'`{n}` is also read by {other}, in another way than this run took')
