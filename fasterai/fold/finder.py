@@ -173,7 +173,7 @@ def layer(self:Finder, call, label, before, shift):
         if LAYERS[call.op].spatial and not (call.module == name and self.plain(name, call)): raise Stop(f'{naming(name)} is not called as PyTorch calls it, and may be padded')
     axis = label.dim() - LAYERS[call.op].spatial - 1
     if axis < 0 or label.numel() != label.shape[axis]:
-        at = next(d for d,n in enumerate(label.shape) if n > 1)
+        at = next((d for d,n in enumerate(label.shape) if n > 1 and d != axis), 0)
         raise Stop(f"it normalises axis {at}, {naming(name)} {'reads' if before else 'writes'} axis {axis}")
     self.known(name)
     n = (in_channels if before else out_channels)(call.op, w, args.groups)

@@ -310,7 +310,7 @@ class _Fold:
         at = same_outline(self.traced, folded, plan.gone, plan.heirs)
         if not at: return
         if 'no part of the model' in at: raise FoldError(f"a copy of the model still calls a layer of the original ({at}): a function is not copied, nor what it holds. The original is as it was: fold it itself, with `inplace=True`")
-        raise FoldError(f"without its BatchNorms the model's code takes another way ({at}). The original is as it was: fold the parts of the model that do not look at their BatchNorms", looks=True)
+        raise FoldError(f"without its BatchNorms the model's code takes another way ({at}). The original is as it was: fold the parts of the model that do not look at their layers", looks=True)
 
     def found(self, folded):
         "How far apart the outputs are on the example"
