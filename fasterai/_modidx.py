@@ -103,6 +103,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fasterai.fold.choices._layers': ('fold.choices.html#_layers', 'fasterai/fold/choices.py'),
                                        'fasterai.fold.choices._named': ('fold.choices.html#_named', 'fasterai/fold/choices.py'),
                                        'fasterai.fold.choices._names_in': ('fold.choices.html#_names_in', 'fasterai/fold/choices.py'),
+                                       'fasterai.fold.choices._of_variables': ( 'fold.choices.html#_of_variables',
+                                                                                'fasterai/fold/choices.py'),
                                        'fasterai.fold.choices._own_functions': ( 'fold.choices.html#_own_functions',
                                                                                  'fasterai/fold/choices.py'),
                                        'fasterai.fold.choices._takes_one': ('fold.choices.html#_takes_one', 'fasterai/fold/choices.py'),

@@ -6,7 +6,7 @@
 __all__ = ['may_choose', 'may_loop', 'comes_to']
 
 # %% ../../nbs/03_fold.choices.ipynb #a43b6744
-import sys
+import dis,sys
 from types import FunctionType, MethodType, ModuleType
 
 from torch import nn
@@ -68,15 +68,23 @@ def _is_apart(body, rest):
     shared = {i.argval for before,i in zip(body, body[1:]) if is_held(before)}
     return not (calls_its_own or any(map(_takes_out, body)) or shared & {i.argval for i in rest} or _takes_one(rest))
 
+def _of_variables(code, at):
+    "Is what `code[at]` takes from the top of the stack made of variables: a tuple, a slice, a text?"
+    height = 0
+    for i in reversed(code[:at]):
+        if i.opname.startswith(('LOAD_FAST', 'LOAD_DEREF')): return True
+        height += dis.stack_effect(i.opcode, i.arg, jump=False)
+        if height == 1: return False
+    return True
+
 def _chooses(code, at, others=()):
     "Does the instruction choose? A jump does, what is taken out by something other than a constant, or from the end; arguments of any number, and a loop or a sum, of which there may be more or less"
     i = code[at]
     if i.opname == 'FOR_ITER': return not _is_apart([o for o in code[at+1:] if o.offset < i.argval], [*code[:at], *(o for o in code[at+1:] if o.offset >= i.argval), *(o for c in others for o in c)])
     if i.opname.startswith('LOAD_') and i.argval == 'getattr' and not _constant_name(code, at): return True
     if _calls_method(i) and i.argval in ('get', 'pop', 'popleft') or i.opname.startswith(('LOAD_GLOBAL', 'LOAD_ATTR')) and i.argval in _over_many: return True
-    if _takes_out(i) and code[at-1].opname == 'BUILD_SLICE': return any(o.opname.startswith('LOAD_FAST') for o in code[at-1-code[at-1].arg:at-1])
     if _takes_out(i) and code[at-1].opname == 'LOAD_CONST' and type(n := code[at-1].argval) is int and n < 0: return code[at-2].argval != 'shape'
-    if _takes_out(i): return not code[at-1].opname.startswith(('LOAD_CONST', 'BUILD_', 'LOAD_SMALL_INT'))
+    if _takes_out(i): return _of_variables(code, at) if code[at-1].opname.startswith('BUILD_') else not code[at-1].opname.startswith(('LOAD_CONST', 'LOAD_SMALL_INT'))
     return i.opname.startswith(('POP_JUMP', 'JUMP_IF', 'CALL_FUNCTION_EX', 'UNPACK_EX')) or i.opname == 'LOAD_GLOBAL' and i.argval == 'sum'
 
 def may_choose(
