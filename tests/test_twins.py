@@ -511,22 +511,18 @@ def a_list(m, x): return [m.conv(o) for o in x] if isinstance(x, (list, tuple)) 
 def one_of_a_list(m, xs): return m.bn(m.conv(xs[0])) if xs[1] is None else m.conv(xs[0])
 def a_size_in_a_set(m, x): return m.conv(x) if x.shape[0] in {5} else m.bn(m.conv(x))
 def a_size_in_a_text(m, x): return m.conv(x) if str(x.shape[0]) == '5' else m.bn(m.conv(x))
-def a_part_by_a_text(m, xs): return m.parts[f'h{len(xs)}'](m.conv(torch.stack(xs).sum(0))) if type(xs).__name__ else xs
-def a_part_by_a_pair(m, xs): return m.pairs[len(xs), 0](m.conv(torch.stack(xs).sum(0))) if type(xs).__name__ else xs
 def an_attribute_by_size(m, x): return getattr(m, f'h{x.shape[0]}', m.bn)(m.conv(x))
 def other_padding(m, x): m.conv.padding = (1, 1) if x.shape[0] > 3 else (0, 0); return m.conv(m.bn(x))
 many = torch.randn(5, 4, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 other_calls = {f: ((x,), (many,)) for f in (a_size_in_a_set, a_size_in_a_text, an_attribute_by_size, other_padding)} | {
     in_its_place: ((x,), (x, x.flip(0))), left_out: ((x,), (x, True)), behind_it: ((x,), (x, x.flip(0))), any_number: ((x,), (x, x.flip(0))), by_name: ((x,), (x,)), many_optional: ((x,), (x, 2.)),
-    from_a_dict: ((dict(x=x, mask=x),), (dict(x=x),)), a_list: ((x,), ([x, x],)), a_part_by_a_text: (([x],), ([x, x],)), a_part_by_a_pair: (([x],), ([x, x],)), one_of_a_list: (([x, None],), ([x, x],))}
+    from_a_dict: ((dict(x=x, mask=x),), (dict(x=x),)), a_list: ((x,), ([x, x],)), one_of_a_list: (([x, None],), ([x, x],))}
 
 @pytest.mark.parametrize('forward', other_calls, ids=lambda f: f.__name__)
 def test_a_call_that_goes_another_way(forward):
     "The example is one way of calling it; for another, the BatchNorm has no layer beside it, or another"
     example, other = other_calls[forward]
-    model = net(forward, conv=conv(), bn=bn(), h5=nn.Identity(), act=nn.ReLU())
-    model.parts = nn.ModuleDict(dict(h1=model.bn, h2=model.act))
-    model.pairs = {(1, 0): model.bn, (2, 0): model.act}
+    model = net(forward, conv=conv(), bn=bn(), h5=nn.Identity())
     for xs in ((), example):
         new = BN_Folder().fold(model, *xs)
         for args, kwargs in ((example, {}), (other, dict(raw=True) if forward is by_name else {})): assert difference(run(model, args, kwargs), run(new, args, kwargs)).relative < 1e-12
@@ -864,6 +860,22 @@ def test_a_batchnorm_that_is_looked_at_is_kept_and_the_others_fold(example, inpl
     new = folder.fold(model, *([x] if example else []), inplace=inplace)
     assert norms(new) == ['1.bn', '3.bn'] and folder.report['3.bn'].why == "the model's code looks at it"
     assert torch.allclose(new(x), want, rtol=1e-12)
+
+
+def by_a_text(m, xs):
+    kind = type(xs).__name__
+    return m.parts[f'of{len(xs)}'](m.conv(torch.stack(xs).mean(0)))
+def by_a_slice(m, xs):
+    kind = type(xs).__name__
+    return nn.Sequential(*[*m.parts.values()][len(xs):])(m.conv(torch.stack(xs).mean(0)))
+
+@pytest.mark.parametrize('forward', [by_a_text, by_a_slice])
+def test_a_part_that_is_looked_up(forward):
+    "by how many pictures there are"
+    for n in range(1, 3):
+        model = net(forward, conv=conv(), parts=nn.ModuleDict(dict(of1=nn.Sequential(bn(), nn.ReLU()), of2=nn.ReLU())))
+        new = BN_Folder().fold(model, [x]*n)
+        for k in range(1, 3): assert difference(run(model, ([x]*k,), {}), run(new, ([x]*k,), {})).relative < 1e-12
 
 
 class Frozen(nn.Module):
