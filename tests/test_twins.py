@@ -130,7 +130,7 @@ with_example = dict( # what only a recorded run shows
     looped=lambda: (net(lambda m, x: functools.reduce(lambda y, i: m.bn(m.conv(y)).relu(), range(3), x), conv=conv(), bn=bn()), x),
     weight_of_the_parent=lambda: (net(lambda m, x: m.bn(F.conv2d(x, m.w, m.b)), w=nn.Parameter(torch.randn(4, 4, 3, 3)), b=nn.Parameter(torch.randn(4)), bn=bn()), x),
     keyword_inputs=lambda: (net(lambda m, a, b: m.bn(m.conv(a + b)), conv=conv(), bn=bn()), x, x),
-    list_input=lambda: (net(lambda m, xs: [m.bn(m.conv(x)) for x in xs], conv=conv(), bn=bn()), [x, x[:1]]),
+    list_input=lambda: (net(lambda m, xs: [m.block(x) for x in xs], block=nn.Sequential(conv(), bn())), [x, x[:1]]),
 )
 without_bias = lambda m, x: F.conv2d(x, m.weight, None, m.stride, m.padding)
 class Deaf(nn.Conv2d):

@@ -7,8 +7,8 @@ from fastcore.foundation import L
 from torch import nn
 
 from fasterai.misc.bn_folding import BN_Folder
-from helpers import randomise
-from test_ways import bn, conv
+from helpers import net, randomise
+from test_ways import bn, conv, folded, pair
 
 small, large = (torch.randn(2, 4, n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (5, 9))
 
@@ -398,3 +398,58 @@ def test_a_hook_of_the_whole_model_takes_another_way():
         m.register_forward_hook(hook)
         return m
     same_for_all(make)
+
+
+def repeated(m, x): return [m.bn(y := m.conv(x))] + [y]*(x.shape[0] - 1)
+def repeated_if_large(m, x): return [m.bn(y := m.conv(x))] + [y]*(x.shape[2] > 8)
+def a_tuple_repeated(m, x): return (m.bn(y := m.conv(x)),) + (x.shape[0] - 1)*(y,)
+def repeated_in_place(m, x):
+    y = m.conv(x)
+    out = [y]
+    out *= x.shape[0] - 1
+    return out + [m.bn(y)]
+def as_many_as_parts(m, x):
+    parts, y = x.split(1), m.conv(x)
+    return [m.bn(y)] + [y]*(len(parts) - 1)
+def sorted_parts(m, x): return torch.cat([m.bn(y) for y in sorted([m.conv(p) for p in x.split(8, 2)], key=torch.mean)], 2)
+larger = torch.randn(3, 4, 16, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+one = larger[:1, :, :8]
+
+@pytest.mark.parametrize('forward', [repeated, repeated_if_large, a_tuple_repeated, repeated_in_place, as_many_as_parts, sorted_parts])
+def test_lists_as_long_as_a_size(forward):
+    for example in ((), (one,), (larger,)): folded(pair(forward), example, [(one,), (larger,)])
+
+
+def smallest(m, xs): return m.bn(min([m.conv(x) for x in xs], key=torch.mean))
+def beside_references(m, xs): return m.bn(y := m.conv(xs[0])), [y*r.mean() for r in xs[1:]]
+def encoded(m, xs):
+    encode = m.conv
+    return m.bn(encode(xs[0])), [encode(r) for r in xs[1:]]
+def zipped(m, xs): return [part(y) for part,y in zip(m.parts, [m.conv(x) for x in xs])]
+def islice(m, xs): return [*itertools.islice([m.bn(y := m.conv(xs[0])), y, y], len(xs))]
+def by_a_text(m, xs): return m.parts[int(f'{len(xs)}') - 1](m.conv(torch.stack(tuple(xs)).mean(0)))
+def as_rows(m, xs): return m.fc(m.bn(m.conv(torch.cat([*xs])).relu()).mean((2, 3)).view(len(xs), -1, 4).permute(1, 2, 0).reshape(-1, 4))
+
+@pytest.mark.parametrize('kind', [list, tuple])
+@pytest.mark.parametrize('forward', [smallest, beside_references, encoded, zipped, islice, by_a_text, as_rows])
+def test_as_many_pictures_as_there_are(forward, kind):
+    some = [kind(larger[:n].split(1)) for n in (1, 2, 3)]
+    for example in ((), *([xs] for xs in some)):
+        model = net(forward, conv=conv(), bn=bn(), parts=nn.ModuleList([nn.Sequential(bn(), nn.ReLU()), nn.ReLU(), nn.ReLU()]), fc=nn.Linear(4, 4))
+        folded(model, example, [(xs,) for xs in some])
+
+
+def joined(m, batch): return m.bn(({'y': m.conv(batch['x'])} | batch)['y'])
+def set_by_default(m, batch):
+    kind = type(batch)
+    return m.conv2(dict(batch).setdefault('y', m.bn(m.conv(batch['x']).relu())))
+def from_keys(m, batch):
+    kind, y = type(batch), m.conv(batch['x'])
+    out = dict.fromkeys(batch.keys() - {'x'}, y)
+    out['x'] = m.bn(y)
+    return out
+
+@pytest.mark.parametrize('forward', [joined, set_by_default, from_keys])
+def test_a_dict_that_holds_more(forward):
+    some = [dict(x=one), dict(x=one, y=one.flip(0)*3)]
+    for example in ((), *([b] for b in some)): folded(net(forward, conv=conv(), conv2=conv(), bn=bn()), example, [(b,) for b in some])

@@ -7,7 +7,7 @@ __all__ = ['may_choose', 'may_loop', 'comes_to']
 
 # %% ../../nbs/03_fold.choices.ipynb #a43b6744
 import dis,sys
-from types import FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 
 from torch import nn
 
@@ -54,22 +54,8 @@ def _own_functions(m):
 # %% ../../nbs/03_fold.choices.ipynb #7dd56631
 def _takes_out(i): return i.opname == 'BINARY_SUBSCR' or i.opname == 'BINARY_OP' and i.argrepr == '[]' # since Python 3.14
 
-_over_many = {'reduce', 'map', 'filter', 'next', 'iter', 'starmap', 'accumulate'}
-
-def _takes_one(code): return any(_takes_out(i) and code[at-2].argval != 'shape' or i.opname == 'UNPACK_EX' for at,i in enumerate(code))
-
-def _is_apart(body, rest):
-    "Is it a comprehension, whose rounds know nothing of each other? They use what each is given, or all of them the same, which nothing else uses; and one of several results is not taken out"
-    if not any(i.opname in ('LIST_APPEND', 'SET_ADD', 'MAP_ADD') for i in body): return False
-    own = {i.argval for i in body if i.opname.startswith('STORE_FAST')}
-    is_held = lambda i: i.opname.startswith(('LOAD_DEREF', 'LOAD_FAST')) and i.argval not in own
-    if not any(map(is_held, body)): return True
-    calls_its_own = any(i.argval in own and i.opname.startswith('LOAD_FAST') and 'PUSH_NULL' in (before.opname, after.opname) for before,i,after in zip(body, body[1:], body[2:]))
-    shared = {i.argval for before,i in zip(body, body[1:]) if is_held(before)}
-    return not (calls_its_own or any(map(_takes_out, body)) or shared & {i.argval for i in rest} or _takes_one(rest))
-
 def _of_variables(code, at):
-    "Is what `code[at]` takes from the top of the stack made of variables: a tuple, a slice, a text?"
+    "Is what `code[at]` takes from the top of the stack made of variables: a tuple, a slice?"
     height = 0
     for i in reversed(code[:at]):
         if i.opname.startswith(('LOAD_FAST', 'LOAD_DEREF')): return True
@@ -77,15 +63,28 @@ def _of_variables(code, at):
         if height == 1: return False
     return True
 
-def _chooses(code, at, others=()):
-    "Does the instruction choose? A jump does, what is taken out by something other than a constant, or from the end; arguments of any number, and a loop or a sum, of which there may be more or less"
+_plain = ('RESUME', 'NOP', 'CACHE', 'PRECALL', 'PUSH_NULL', 'KW_NAMES', 'EXTENDED_ARG', 'COPY_FREE_VARS', 'MAKE_CELL', 'LOAD_', 'STORE_FAST', 'STORE_ATTR', 'STORE_NAME', 'POP_TOP', 'SWAP', 'COPY', 'RETURN_VALUE', 'RETURN_CONST', 'CALL',
+          'BINARY_OP', 'BINARY_SUBSCR', 'UNARY_NEG', 'BUILD_TUPLE', 'BUILD_LIST', 'BUILD_SLICE', 'BUILD_MAP', 'BUILD_CONST_KEY_MAP', 'UNPACK_SEQUENCE', 'IMPORT_')
+_looking_up = {'get', 'pop', 'popleft', 'setdefault', 'update', 'sort', 'index', 'count', 'insert', 'remove', 'extend', 'values', 'keys', 'items'}
+_harmless = {'super', 'int', 'float', 'print'}
+_over_many = {'itertools', 'operator', 'functools', 'collections', 'heapq', 'bisect'}
+_builtin = object()
+_repeating = '*', '*='
+_building = 'BUILD_LIST', 'BUILD_TUPLE'
+
+def _chooses(f, code, at):
+    "May the instruction choose, or make a list of any length? All may that are not known to do neither"
     i = code[at]
-    if i.opname == 'FOR_ITER': return not _is_apart([o for o in code[at+1:] if o.offset < i.argval], [*code[:at], *(o for o in code[at+1:] if o.offset >= i.argval), *(o for c in others for o in c)])
-    if i.opname.startswith('LOAD_') and i.argval == 'getattr' and not _constant_name(code, at): return True
-    if _calls_method(i) and i.argval in ('get', 'pop', 'popleft') or i.opname.startswith(('LOAD_GLOBAL', 'LOAD_ATTR')) and i.argval in _over_many: return True
+    if i.opname == 'LIST_EXTEND': return code[at-1].opname != 'LOAD_CONST' # as `[1, 2, 3]` is built
+    if not i.opname.startswith(_plain) or i.opname == 'CALL_FUNCTION_EX': return True
+    if i.opname.startswith('LOAD_GLOBAL'):
+        o = f.__globals__.get(i.argval, _builtin)
+        if i.argval == 'getattr': return not _constant_name(code, at)
+        return i.argval not in _harmless if o is _builtin else isinstance(o, (ModuleType, type, FunctionType, BuiltinFunctionType)) and package_of(o).lstrip('_') in _over_many
+    if _calls_method(i) and i.argval in _looking_up: return True
     if _takes_out(i) and code[at-1].opname == 'LOAD_CONST' and type(n := code[at-1].argval) is int and n < 0: return code[at-2].argval != 'shape'
     if _takes_out(i): return _of_variables(code, at) if code[at-1].opname.startswith('BUILD_') else not code[at-1].opname.startswith(('LOAD_CONST', 'LOAD_SMALL_INT'))
-    return i.opname.startswith(('POP_JUMP', 'JUMP_IF', 'CALL_FUNCTION_EX', 'UNPACK_EX')) or i.opname == 'LOAD_GLOBAL' and i.argval == 'sum'
+    return i.opname == 'BINARY_OP' and (i.argrepr.startswith('|') or i.argrepr in _repeating and any(o.opname in _building for o in code))
 
 def may_choose(
     m:nn.Module,
@@ -95,9 +94,8 @@ def may_choose(
     if any(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters(type(m).forward)): return True
     functions,own = functions_of(m), _own_functions(m) if of_kinds else ()
     if of_kinds: functions = [f for f in functions if f in own or not (asks_kinds(f) or package_of(f) == 'functools')]
-    codes = [code for f in functions for code in instructions(f)]
     if any(is_state(o) for f in functions for o in named_in(f)[0].values()): return True # wherever the answer goes
-    return any(_chooses(code, at, others) for code in codes for others in [[c for c in codes if c is not code]] for at in range(len(code)))
+    return any(_chooses(f, code, at) for f in functions for code in instructions(f) for at in range(len(code)))
 
 def may_loop(
     m:nn.Module,

@@ -72,10 +72,10 @@ def _resized(example, change):
     return mapped(example, Tensor, cut)
 
 def _longer(o):
-    "The same with one more tensor in each list of them"
+    "An argument with one more tensor in each list or tuple of them"
     if isinstance(o, dict): return {k: _longer(v) for k,v in o.items()}
     if type(o) not in (list, tuple): return o
-    return o + o[-1:] if type(o) is list and o and all(isinstance(t, Tensor) for t in o) else type(o)(map(_longer, o))
+    return o + o[-1:] if o and all(isinstance(t, Tensor) for t in o) else type(o)(map(_longer, o))
 
 # %% ../../nbs/08_fold.sizes.ipynb #51a0000a
 def _on_cpu(model, example, known):
@@ -113,5 +113,6 @@ def flows_at_other_sizes(
     for changes in until: found = found or sum(changed(changes), [])
     for changes in besides: found += next(filter(None, changed(changes)), [])
     if not elsewhere: found += sum(changed(steps), [])
-    if (longer := _longer(example)) != example: found += tried(longer, {})
+    longer = tuple(map(_longer, example[0])), _longer(example[1])
+    if longer != example: found += tried(longer, {})
     return found

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .code import is_message, unpacked
 from .flow import values_in
-from .held import package_of_frame, random_state
+from .held import held_in, package_of_frame, random_state
 from .known import METADATA, PATTERNED, TENSORS, content_of, giver, is_given, is_number, length_of, rank_of, type_of, types_of
 
 # %% ../../nbs/03_fold.standin.ipynb #d5633f0a
@@ -270,8 +270,12 @@ def create_node(self:Tracer, kind, target, args, kwargs, name=None, type_expr=No
     self.nodes.append(node)
     return node
 
+_joining = {operator.add, operator.mul, operator.or_, operator.and_, operator.sub, operator.xor} # what Python does with two numbers, or with two containers
+
 @patch
-def create_proxy(self:Tracer, kind, target, args, kwargs): return self.proxy(self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs) if kwargs else {}))
+def create_proxy(self:Tracer, kind, target, args, kwargs):
+    if target in _joining and any(type(o) in (list, tuple, dict, set) and held_in(o, (StandIn, nn.Module)) for o in args): raise Opaque(self.here(), 'it needs a number that depends on its input')
+    return self.proxy(self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs) if kwargs else {}))
 
 @patch
 def create_arg(self:Tracer, a):
