@@ -561,6 +561,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'fasterai.fold.report.Report.totals': ('fold.report.html#report.totals', 'fasterai/fold/report.py')},
             'fasterai.fold.scale': { 'fasterai.fold.scale._axis': ('fold.scale.html#_axis', 'fasterai/fold/scale.py'),
                                      'fasterai.fold.scale._identity': ('fold.scale.html#_identity', 'fasterai/fold/scale.py'),
+                                     'fasterai.fold.scale._is_batched': ('fold.scale.html#_is_batched', 'fasterai/fold/scale.py'),
                                      'fasterai.fold.scale._is_own': ('fold.scale.html#_is_own', 'fasterai/fold/scale.py'),
                                      'fasterai.fold.scale._operand': ('fold.scale.html#_operand', 'fasterai/fold/scale.py'),
                                      'fasterai.fold.scale._own': ('fold.scale.html#_own', 'fasterai/fold/scale.py'),

@@ -291,3 +291,16 @@ def test_all_switches():
     new = folder.fold(model, image)
     assert folder.report.kept == 0 and any(r.steps for r in folder.report) and any(r.merged for r in folder.report)
     assert difference(run(model, (image,), {}), run(new, (image,), {})).relative < 1e-12
+
+
+class Alone(nn.Module):
+    "An instance norm of one item without a batch, whose channels are on the first axis"
+    def __init__(self, tracked): super().__init__(); self.start, self.norm, self.end = nn.Linear(6, 5), nn.InstanceNorm1d(5, affine=True, track_running_stats=tracked), nn.Linear(5, 3)
+    def forward(self, x): return self.end(self.norm(self.start(x.flatten(1))))
+
+@pytest.mark.parametrize('tracked', [False, True])
+def test_an_instance_norm_without_a_batch(tracked):
+    x = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    model = randomise(Alone(tracked)).double().eval()
+    nn.init.uniform_(model.norm.weight, -2, 2, generator=torch.Generator().manual_seed(1))
+    for example in ((), (x,)): assert difference(model(x), BN_Folder(scales=True).fold(model, *example)(x)).relative < 1e-12

@@ -272,3 +272,13 @@ class Windowed(nn.Module):
 def test_a_model_that_takes_few_lengths():
     short, long = (torch.randn(2, 2, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (17, 37))
     for example in ((), (short,), (long,)): folded(randomise(Windowed()).double(), example, [(short,), (long,)])
+
+
+class Clips(nn.Module):
+    "Frames of clips of seven as a batch: at one clip the axes are apart, and at two they mix"
+    def __init__(self): super().__init__(); self.conv, self.bn, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm1d(8), nn.Linear(8*49, 5)
+    def forward(self, x): return self.fc(self.bn(self.conv(x).reshape(7, 8, -1)).relu().reshape(-1, 7, 8*49)).mean(1)
+
+def test_a_batch_of_several_clips():
+    clips = images(14, 3, 7, 7)
+    for example in ((), (clips[:7],), (clips,)): folded(randomise(Clips()).double(), example, [(clips[:7],), (clips,)])

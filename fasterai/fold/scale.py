@@ -10,6 +10,7 @@ from math import prod
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .affine import Affine, to_float64
 from .flow import Call, Entry, Flow, Value, altered, naming, values_in
@@ -101,12 +102,17 @@ def read_norms(
     for call in [c for c in flow.calls if c.op in NORMS]:
         given = dict(zip(NORMS[call.op], call.args)) | call.kwargs
         x,own = given['input'], [v for v in (given.get('weight'), given.get('bias')) if v is not None] if given.get('weight') is not None else []
+        if call.op == 'instance_norm' and not _is_batched(flow.modules[call.module], x): continue
         if given.get('use_input_stats') is False: flow.put([Call('batch_norm', call.args, {}, call.outs, call.stack)], [call])
         elif own and x.shape is not None and all(_is_own(v, call, flow) for v in own) and bare(call.module, own):
             without[call.module] = True
             between,axis = Value(x.shape), 1 if call.op in ('group_norm', 'instance_norm') else len(x.shape)-1
             steps = [(what, given[n].name) for what,n in (('mul', 'weight'), ('add', 'bias')) if given.get(n) is not None]
             flow.put([Call(call.op, (x,), {}, [between], call.stack), Call('scale', (between, own, steps, axis, own[0].shape[0]), {'bare': True}, call.outs, call.stack)], [call])
+
+def _is_batched(m, x):
+    "Are the channels of `x` on axis 1? An instance norm takes a batch, or one item of it alone"
+    return not isinstance(m, _InstanceNorm) or x.shape is not None and len(x.shape) == m._get_no_batch_dim()+1
 
 def _is_own(v, call, flow):
     "Is `v` a parameter of the module that makes the call, with a number for each channel?"

@@ -57,7 +57,7 @@ def _changes(shapes, grow):
     alone = [{(i, d): m for (d,n),m in c.items() if n} for i,s in enumerate(shapes) if len(shapes) > 1
              for c in ({(d, n): _sizes(n, grow)[0] for d,n in enumerate(s) if d != 1}, *traded([*enumerate(s)]))]
     tied = _tied(shapes) if grow else []
-    besides = [*([to({g: 1})] for g in together), [*map(to, smallest)], *([to(s)] for s in long), *([s] for s in (*alone, *tied))]
+    besides = [*([to({g: 1})] for g in together), *([to({g: g[1]*n})] for g in batch for n in (2, 3)), [*map(to, smallest)], *([to(s)] for s in long), *([s] for s in (*alone, *tied))]
     steps = [{g: g[1]+n for g in some} for n in (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32) for some in (places, *([g] for g in places)) if grow and places]
     return [[*map(to, changes)] for changes in until], besides, [*map(to, steps)]
 
