@@ -427,11 +427,17 @@ def encoded(m, xs):
     return m.bn(encode(xs[0])), [encode(r) for r in xs[1:]]
 def zipped(m, xs): return [part(y) for part,y in zip(m.parts, [m.conv(x) for x in xs])]
 def islice(m, xs): return [*itertools.islice([m.bn(y := m.conv(xs[0])), y, y], len(xs))]
+least = min
+def by_another_name(m, xs): return m.bn(least([m.conv(x) for x in xs], key=torch.mean))
+def by_a_name_in_it(m, xs):
+    import itertools as more
+    kind = type(xs).__name__
+    return [*more.islice([m.bn(y := m.conv(xs[0])), y, y], xs.__len__())]
 def by_a_text(m, xs): return m.parts[int(f'{len(xs)}') - 1](m.conv(torch.stack(tuple(xs)).mean(0)))
 def as_rows(m, xs): return m.fc(m.bn(m.conv(torch.cat([*xs])).relu()).mean((2, 3)).view(len(xs), -1, 4).permute(1, 2, 0).reshape(-1, 4))
 
 @pytest.mark.parametrize('kind', [list, tuple])
-@pytest.mark.parametrize('forward', [smallest, beside_references, encoded, zipped, islice, by_a_text, as_rows])
+@pytest.mark.parametrize('forward', [smallest, beside_references, encoded, zipped, islice, by_another_name, by_a_name_in_it, by_a_text, as_rows])
 def test_as_many_pictures_as_there_are(forward, kind):
     some = [kind(larger[:n].split(1)) for n in (1, 2, 3)]
     for example in ((), *([xs] for xs in some)):

@@ -64,11 +64,10 @@ def _of_variables(code, at):
     return True
 
 _plain = ('RESUME', 'NOP', 'CACHE', 'PRECALL', 'PUSH_NULL', 'KW_NAMES', 'EXTENDED_ARG', 'COPY_FREE_VARS', 'MAKE_CELL', 'LOAD_', 'STORE_FAST', 'STORE_ATTR', 'STORE_NAME', 'POP_TOP', 'SWAP', 'COPY', 'RETURN_VALUE', 'RETURN_CONST', 'CALL',
-          'BINARY_OP', 'BINARY_SUBSCR', 'UNARY_NEG', 'BUILD_TUPLE', 'BUILD_LIST', 'BUILD_SLICE', 'BUILD_MAP', 'BUILD_CONST_KEY_MAP', 'UNPACK_SEQUENCE', 'IMPORT_')
+          'BINARY_OP', 'BINARY_SUBSCR', 'UNARY_NEG', 'BUILD_TUPLE', 'BUILD_LIST', 'BUILD_SLICE', 'BUILD_MAP', 'BUILD_CONST_KEY_MAP', 'UNPACK_SEQUENCE')
 _looking_up = {'get', 'pop', 'popleft', 'setdefault', 'update', 'sort', 'index', 'count', 'insert', 'remove', 'extend', 'values', 'keys', 'items'}
-_harmless = {'super', 'int', 'float', 'print'}
-_over_many = {'itertools', 'operator', 'functools', 'collections', 'heapq', 'bisect'}
-_builtin = object()
+_harmless = super, int, float, print
+_over_many = {'builtins', 'itertools', 'operator', 'functools', 'collections', 'heapq', 'bisect'}
 _repeating = '*', '*='
 _building = 'BUILD_LIST', 'BUILD_TUPLE'
 
@@ -77,10 +76,10 @@ def _chooses(f, code, at):
     i = code[at]
     if i.opname == 'LIST_EXTEND': return code[at-1].opname != 'LOAD_CONST' # as `[1, 2, 3]` is built
     if not i.opname.startswith(_plain) or i.opname == 'CALL_FUNCTION_EX': return True
-    if i.opname.startswith('LOAD_GLOBAL'):
-        o = f.__globals__.get(i.argval, _builtin)
-        if i.argval == 'getattr': return not _constant_name(code, at)
-        return i.argval not in _harmless if o is _builtin else isinstance(o, (ModuleType, type, FunctionType, BuiltinFunctionType)) and package_of(o).lstrip('_') in _over_many
+    if i.opname.startswith(('LOAD_GLOBAL', 'LOAD_DEREF')):
+        o = named_in(f)[0].get(i.argval)
+        if o is getattr: return not _constant_name(code, at)
+        return o not in _harmless and package_of(o).lstrip('_') in _over_many if isinstance(o, (ModuleType, type, FunctionType, BuiltinFunctionType)) else False
     if _calls_method(i) and i.argval in _looking_up: return True
     if _takes_out(i) and code[at-1].opname == 'LOAD_CONST' and type(n := code[at-1].argval) is int and n < 0: return code[at-2].argval != 'shape'
     if _takes_out(i): return _of_variables(code, at) if code[at-1].opname.startswith('BUILD_') else not code[at-1].opname.startswith(('LOAD_CONST', 'LOAD_SMALL_INT'))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .flow import hook_name, mapped, naming
+from .flow import hook_name, naming
 from .held import same_random_state
 
 # %% ../../nbs/09_fold.inputs.ipynb #aaaa0c33
@@ -52,7 +52,9 @@ def is_learner(
 
 def _move(o, device, n):
     "The first `n` items of a batch, on `device`"
-    return mapped(o, Tensor, lambda t: t[:n].to(device) if t.dim() else t.to(device))
+    if isinstance(o, Tensor): return o[:n].to(device) if o.dim() else o.to(device)
+    if isinstance(o, dict): return {k: _move(v, device, n) for k,v in o.items()}
+    return getattr(o, '_make', type(o))(_move(v, device, n) for v in o) if isinstance(o, (list, tuple)) else o
 
 def loader(
     dls, # fastai `DataLoaders`, or `None`
