@@ -79,7 +79,8 @@ def _chooses(f, code, at):
     if i.opname.startswith(('LOAD_GLOBAL', 'LOAD_DEREF')):
         o = named_in(f)[0].get(i.argval)
         if o is getattr: return not _constant_name(code, at)
-        return o not in _harmless and package_of(o).lstrip('_') in _over_many if isinstance(o, (ModuleType, type, FunctionType, BuiltinFunctionType)) else False
+        is_code = isinstance(o, (ModuleType, type, FunctionType, BuiltinFunctionType)) and not hasattr(o, '__wrapped__') # what is wrapped is looked at itself
+        return is_code and o not in _harmless and package_of(o).lstrip('_') in _over_many
     if _calls_method(i) and i.argval in _looking_up: return True
     if _takes_out(i) and code[at-1].opname == 'LOAD_CONST' and type(n := code[at-1].argval) is int and n < 0: return code[at-2].argval != 'shape'
     if _takes_out(i): return _of_variables(code, at) if code[at-1].opname.startswith('BUILD_') else not code[at-1].opname.startswith(('LOAD_CONST', 'LOAD_SMALL_INT'))
