@@ -346,6 +346,8 @@ sizes = dict(
     channels_and_places=(lambda y: F.avg_pool2d(y, 8).view(y.shape[0], y.shape[1], -1).mean(2), True),
     pooled_by_size=(lambda y: F.adaptive_avg_pool2d(y, (y.shape[2]//8, 1)).view(-1, 4), False),
     pooled_to_none=(lambda y: F.adaptive_avg_pool2d(F.avg_pool2d(y, 8), (None, 1)).view(-1, 4), False),
+    pooled_by_large_size=(lambda y: F.adaptive_avg_pool2d(y, (y.shape[2]//1000 + 1, 1)).view(y.shape[0], -1)[:, :4], False),
+    resized_to_large_size=(lambda y: F.interpolate(F.adaptive_avg_pool2d(y, 1), size=(y.shape[2]//1000 + 1, 1)).view(y.shape[0], -1)[:, :4], False),
     numpy_cut=(lambda y: F.avg_pool2d(y, 8).flatten(1)[:, :np.int64(4)], False),
     in_numbers=(lambda y: F.avg_pool2d(y.view(-1, 4, 8, 8), 8).reshape(-1, 4), False))
 

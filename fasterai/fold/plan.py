@@ -22,6 +22,7 @@ from .finder import CLAMPS, Absorb, Finder
 from .known import called_plainly
 from .flow import Flow, Value, altered, naming, under
 from .held import ATOMS, uncollected
+from .shapes import given_sizes, is_pinned
 
 # %% ../../nbs/06_fold.plan.ipynb #128b5f8c
 @dataclass(frozen=True, eq=False)
@@ -260,42 +261,25 @@ def _callers(flow):
 
 _by_size = BY_SIZE | {'flatten', 'cat', 'concat', 'concatenate'}
 
-def _pins(call):
-    "Does `call` give as many places whatever it is given?"
-    if call.op != 'mean' or len(call.args) < 2 or call.args[1] is None: return call.op.startswith('adaptive_')
-    dims,rank = call.args[1], len(call.args[0].shape)
-    return {d % rank for d in ([dims] if type(dims) is int else dims)} >= {*range(2, rank)}
-
-def _is_pinned(v):
-    "Has `v` as many places whatever the input is?"
-    seen,todo = set(),[v]
-    while todo:
-        if (v := todo.pop()) in seen or v.name: continue
-        seen.add(v)
-        if v.call is None or not v.call.inputs: return False
-        if not _pins(v.call): todo += v.call.inputs
-    return True
-
-def _left_out(call, way):
+def _left_out(call, way, symbolic):
     "The axes of size one, behind the first, that a `view` may leave out because they are. Where it makes channels of what there is more it would fail, if no part is taken of them"
-    sizes = call.args[1] if len(call.args) == 2 and isinstance(call.args[1], (tuple, list)) else call.args[1:]
-    grows = call.op == 'flatten' or tuple(sizes[1:2]) == (-1,)
+    grows = call.op == 'flatten' or tuple(given_sizes(call.args)[1:2]) == (-1,)
     if call.op not in RESHAPES | {'flatten'} or grows and not any(c.op in PARTS for c in way): return []
-    return [d for d,n in enumerate(call.args[0].shape) if d and n == 1 and not _is_pinned(call.args[0])]
+    return [d for d,n in enumerate(call.args[0].shape) if d and n == 1 and not is_pinned(call.args[0], symbolic)]
 
 def _was_more(call, d, others):
     "Was there a run in which axis `d` of what `call` is given was not of size one?"
     same = (calls[call.index] for calls in others if call.index < len(calls) and calls[call.index].op == call.op and calls[call.index].stack == call.stack)
     return any(c.args[0].shape[d] > 1 for c in same if len(c.args[0].shape) > d)
 
-def _at_other_sizes(row, ways, elsewhere, by_more):
+def _at_other_sizes(row, ways, symbolic, elsewhere, by_more):
     "Stop where what stands between may be something else at another size"
     op = next((c.op for way in ways for c in way if c.op in _by_size), None)
     if not op: return
     if by_more: raise Stop(f'`{op}` may go by a number that the model is given')
     if not all(row.name in other and row.same(other[row.name]) for other,_ in elsewhere()): raise Stop(f'`{op}` does something else at another size of the input')
     for call,way in ((c, way) for way in ways for c in way):
-        if not all(_was_more(call, d, [calls for _,calls in elsewhere()]) for d in _left_out(call, way)): raise Stop(f'`{call.op}` leaves out an axis of size one, which may have more at another size of the input')
+        if not all(_was_more(call, d, [calls for _,calls in elsewhere()]) for d in _left_out(call, way, symbolic)): raise Stop(f'`{call.op}` leaves out an axis of size one, which may have more at another size of the input')
 
 def _happens(call): return call.op == 'squeeze' or call.op == 'add' and any(type(a) in (int, float) and a == 0 for a in call.args) # a size is one, a number is zero
 
@@ -337,7 +321,7 @@ def in_all_ways(
                 if at is None and unseen: at = shared
                 if at in symbolic.failed: raise Stop(f"another input may take another way through {naming(at)}, whose code can't be followed: {symbolic.failed[at]}")
                 if at is not None: raise Stop(f'{naming(at)} chooses its way by its input, and not every way is known to allow it')
-            if elsewhere: _at_other_sizes(row, ways, elsewhere, '' in by_more)
+            if elsewhere: _at_other_sizes(row, ways, symbolic, elsewhere, '' in by_more)
             return altered(row, alone=False)
         return check
     return rows, of
