@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.benchmark import Timer
 
 import networks as lists
-from common import build, cast, error_of, give_back, is_norm, load, quartiles, randomise, results, save
+from common import build, cast, error_of, give_back, is_norm, limit, load, quartiles, randomise, results, save
 from fasterai.fold.verify import aligned
 from fasterai.misc.bn_folding import BN_Folder
 from latency import clocks, interleaved
@@ -70,7 +70,7 @@ def more(r, plain):
 
 
 def cell(r, plain):
-    return (more(r, plain) or '–') + (' {1:.3f} [{0:.3f} – {2:.3f}]'.format(*r['time']) if 'time' in r else '') + ('' if r['error'] < 1e-9 else ' WRONG')
+    return (more(r, plain) or '–') + (' {1:.3f} [{0:.3f} – {2:.3f}]'.format(*r['time']) if 'time' in r else '') + ('' if r['error'] < limit else ' WRONG')
 
 
 def table(found):
@@ -82,7 +82,7 @@ def table(found):
         if any(more(r[s], plain) for s in switches): rows.append((name, f"{plain['gone']['batchnorms']}/{plain['gone']['batchnorms'] + plain['kept']}", *(cell(r[s], plain) for s in [*switches][1:])))
     sums = {s: {kind: sum(r[s]['gone'][kind] for r in good.values()) for kind in ('batchnorms', 'scales', 'layers')} for s in switches}
     rows.append((f'all {len(good)}', *(' '.join(f'{n:,} {kind}' for kind, n in sums[s].items() if n) for s in switches)))
-    wrong = [f'{name} {s}' for name, r in good.items() for s in switches if not r[s]['error'] < 1e-9]
+    wrong = [f'{name} {s}' for name, r in good.items() for s in switches if not r[s]['error'] < limit]
     return '\n'.join([aligned(rows), f"wrong: {', '.join(wrong) or 'none'}", *(f"{name}: {r.get('crashed') or r.get('absent')}" for name, r in found.items() if name not in good)])
 
 

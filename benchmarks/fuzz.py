@@ -7,7 +7,7 @@ from collections import Counter
 import torch
 from fastprogress import progress_bar
 
-from common import here, randomise, results, save
+from common import here, limit, randomise, results, save
 from fasterai.fold.verify import difference, run
 from fasterai.misc.bn_folding import BN_Folder
 
@@ -34,7 +34,7 @@ def try_one(seed, inputs):
         seen[f'{kind}: layers and BatchNorms merged in parallel'] += sum(r.joins == 'parallel' for r in bn.report)
         seen[f'{kind}: kept'] += bn.report.kept
         if example: seen.update('because ' + re.sub(r'`[^`]*`', '`…`', r.why) for r in bn.report if r.why)
-        if not all(w is None or difference(w, run(new, (i.clone(),), {})).relative < 1e-9 for w, i in zip(want, inputs)): return seen + Counter(wrong=1), f'# {kind}\n{source}'
+        if not all(w is None or difference(w, run(new, (i.clone(),), {})).relative < limit for w, i in zip(want, inputs)): return seen + Counter(wrong=1), f'# {kind}\n{source}'
     return seen, ''
 
 

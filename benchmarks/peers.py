@@ -16,9 +16,10 @@ from fastprogress import progress_bar
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from common import build, cast, here, load, observe, randomise, results, save
+from common import build, cast, here, limit, load, observe, randomise, results, save
 from fasterai.fold.verify import aligned, difference
 from fasterai.misc.bn_folding import BN_Folder
+from networks import zoo
 
 some = '''test_resnet test_byobnet test_efficientnet test_coatnet levit_128s repghostnet_050 xcit_nano_12_p8_224 hrnet_w18_small mobilenetv3_small_050 efficientvit_b0 lcnetv2_small resnetv2_18
 starnet_s050 fastvit_t8 inception_next_atto regnetx_002 ghostnet_050 visformer_tiny resnet18 resnet50 densenet121 googlenet mobilenet_v3_small efficientnet_b0 shufflenet_v2_x0_5
@@ -84,7 +85,7 @@ def attempt(job, *args):
     except Exception as e: return dict(crashed=f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"[:200])
 
 
-def judged(want, got, limit=1e-9):
+def judged(want, got, limit=limit):
     "How far `got` is from `want`, both from `observe`: right, if not the outputs then the places agree, since a detector sorts equal scores another way"
     def apart(a, b):
         try: return difference(a, b).relative
@@ -197,7 +198,7 @@ def main():
     p.add_argument('--out', default=str(results/'peers.json'))
     a = p.parse_args()
     peers = [p for p in (*in_eager, old, onnx) if a.peers in p]
-    networks = [n for n in json.load(open(here/'zoo.json'))['networks'] if a.only in n['name'] and (not a.sources or n['source'] in a.sources.split(',')) and (a.all or a.only or n['name'] in some)]
+    networks = [n for n in zoo() if a.only in n['name'] and (not a.sources or n['source'] in a.sources.split(',')) and (a.all or a.only or n['name'] in some)]
     found = load(a.out)
     with fasterai_041() as ask:
         for n in progress_bar(networks):

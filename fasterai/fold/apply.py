@@ -20,8 +20,8 @@ from torch.nn.modules.conv import _ConvNd
 from .affine import Affine, batchnorm_affine, take, then, to_float64
 from .clamp import ChannelClamp, through_clamp
 from .compose import in_parallel, in_series
-from .flow import brief, under
-from .held import ATOMS, content, held_in, remembered, uncollected
+from .flow import brief, inside, under
+from .held import ATOMS, content, forward_hooks, held_in, remembered, uncollected
 from .left import held_by
 from .layers import absorb, absorb_batchnorm, grouped, in_channels, like, out_channels, ungrouped
 from .plan import Plan
@@ -31,8 +31,6 @@ from .scale import bared, scale_affine
 class Unfit(ArithmeticError):
     "A folded weight does not fit its dtype; `layer` says whose"
     def __init__(self, layer): super().__init__(layer); self.layer = layer
-
-def _inside(name, attr): return f'{name}.{attr}'.removeprefix('.')
 
 def _affines(rows, tensors):
     "The affine of each row; those of all BatchNorms that are alike come of one computation"
@@ -61,7 +59,7 @@ def _compose(plan, tensors):
         if row.through:
             dtype = tensors[row.stats[2]].dtype
             lower,upper,f = through_clamp(f, *row.bounds, dtype)
-            bounds |= {_inside(row.name, n): b.to(dtype) for n,b in (('lower', lower), ('upper', upper))}
+            bounds |= {inside(row.name, n): b.to(dtype) for n,b in (('lower', lower), ('upper', upper))}
             held = torch.where(lower.isfinite(), lower, torch.where(upper.isfinite(), upper, 0.)).abs()
             for a in row.absorbs:
                 index = a.index.to(held.device)
@@ -108,7 +106,7 @@ def new_weights(
         else: w2,b2 = absorb(a.op, w, b, a.groups, before, after)
         if not _finite(w2, b2) and _finite(w, b) or weight in reach and not _precise(a, w, w2, before, after, reach[weight]): raise Unfit(a.layer)
         new[weight] = w2
-        if a.bias or shifts: new[a.bias or _inside(a.layer, 'bias')] = b2
+        if a.bias or shifts: new[a.bias or inside(a.layer, 'bias')] = b2
     current = ChainMap(new, tensors)
     for row in plan:
         if row.joins: new |= _joint(row, current)
@@ -118,7 +116,7 @@ def new_weights(
 def _joint(row, tensors):
     "The weight, and the bias if there is one, of the layer that does what the module `row` does as well"
     a,(w,b,*stats) = row.absorbs[0], (tensors.get(n) for n in row.stats)
-    stays,kernel,bias = tensors[a.weight], tuple(tensors[a.weight].shape[2:]), _inside(a.layer, 'bias')
+    stays,kernel,bias = tensors[a.weight], tuple(tensors[a.weight].shape[2:]), inside(a.layer, 'bias')
     if row.is_layer: other_kernel,w = tuple(w.shape[2:]), grouped('linear', to_float64(w), row.groups)
     else:
         f = batchnorm_affine(*stats, w, b, row.eps)
@@ -136,7 +134,7 @@ def _joint(row, tensors):
 def _replacement(bn, row, new):
     "What a folded BatchNorm becomes"
     kept = [(n.rpartition('.')[2], bn.get_submodule(n.rpartition('.')[2])) for n in row.rest]
-    if row.through: made = ChannelClamp(new[_inside(row.name, 'lower')], new[_inside(row.name, 'upper')], row.alone)
+    if row.through: made = ChannelClamp(new[inside(row.name, 'lower')], new[inside(row.name, 'upper')], row.alone)
     elif row.joins == 'parallel': made = Nothing(new[row.absorbs[0].weight])
     elif row.heir: made = copy.deepcopy(kept[0][1])
     else: made = nn.Sequential(OrderedDict(kept)) if kept else nn.Identity()
@@ -222,7 +220,7 @@ def _attribute(m, name, memo):
 
 def _check_hooks(m, memo):
     "Raise if a hook would go on with what the original holds: a function is not copied, nor is what it closes over"
-    for hook in (h for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()) if isinstance(h, FunctionType)):
+    for hook in (h for h in forward_hooks(m) if isinstance(h, FunctionType)):
         o = next((o for o in held_in(content(hook), object) if id(o) in memo and memo[id(o)] is not o and (isinstance(o, nn.Module) or held_by((o,)))), None)
         if o is not None: raise TypeError(f"the hook `{hook.__qualname__}` on a {type(m).__name__} holds on to a {type(o).__name__} of the model, and would use the original's in a copy: take it off, or fold the model itself, with `inplace=True`")
 

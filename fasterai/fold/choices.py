@@ -12,7 +12,7 @@ from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from torch import nn
 
 from .code import asks_kinds, functions_of, is_state, parameters
-from .held import asked_name, behind, instructions, is_record, named_in, package_of, reads_attribute, remembered
+from .held import MAKING, asked_name, behind, instructions, is_record, named_in, package_of, reads_attribute, remembered
 
 
 # %% ../../nbs/03_fold.choices.ipynb #2c41c108
@@ -108,7 +108,7 @@ def may_loop(
 def _named(f):
     "The names in a function, the functions that it has names for, and those by which the classes make something"
     held = named_in(f)[0].values()
-    making = (vars(c).get(n) for o in held if isinstance(o, type) and is_record(o) for c in o.__mro__ for n in ('__init__', '__new__', '__post_init__'))
+    making = (vars(c).get(n) for o in held if isinstance(o, type) and is_record(o) for c in o.__mro__ for n in MAKING)
     return {*_names_in(f), *(o for o in (*held, *making) if isinstance(o, FunctionType))}
 
 def comes_to(

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .held import LIBRARIES, codes_in, held_in, instructions, is_authors, named_in, own_attributes, package_of, reached, reads_attribute, remembered, steps
+from .held import LIBRARIES, codes_in, forward_hooks, held_in, instructions, is_authors, named_in, own_attributes, package_of, reached, reads_attribute, remembered, steps
 
 # %% ../../nbs/02_fold.code.ipynb #19287171
 _autocasts = {'is_autocast_enabled', 'is_autocast_cpu_enabled', 'is_autocast_xla_enabled', 'is_autocast_ipu_enabled'}
@@ -235,7 +235,7 @@ def hook_reading(
     m:nn.Module,
 )->Reading:
     "The same of the hooks that run with the `forward` of `m`. Those that fastai has itself only look at what goes in and comes out"
-    read = reading_behind([*m._forward_hooks.values(), *m._forward_pre_hooks.values()])
+    read = reading_behind(forward_hooks(m))
     return read._replace(functions=tuple(f for f in read.functions if package_of(f) not in ('fastai', 'fastcore')))
 
 def named_by(

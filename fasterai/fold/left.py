@@ -15,7 +15,7 @@ from typing import NamedTuple
 from torch import Tensor, fx, nn
 
 from .code import functions_of, hook_reading, reading
-from .held import ATOMS, NAMESPACES, OWN, behind, codes_in, content, held_in, instructions, is_array, is_record, own_attributes, package_of, reads_attribute, remembered, slots_of
+from .held import ATOMS, MAKING, NAMESPACES, OWN, behind, codes_in, content, forward_hooks, held_in, instructions, is_array, is_record, own_attributes, package_of, reads_attribute, remembered, slots_of
 from .memory import alike, containers, copied, put_back, told
 
 # %% ../../nbs/03_fold.left.ipynb #6d6c2877
@@ -23,8 +23,7 @@ _kinds = (dict, list, set, deque)
 _changing = {'append', 'appendleft', 'extend', 'insert', 'add', 'update', 'setdefault', 'pop', 'popleft', 'popitem', 'remove', 'discard', 'clear', 'sort', 'reverse', '__setitem__', '__delitem__', 'register_buffer', 'move_to_end', 'rotate'}
 _functions = {'heappush', 'heappop', 'heapreplace', 'heappushpop', 'heapify', 'insort', 'insort_left', 'insort_right', 'setitem', 'delitem'} # of Python's, which change what they are given
 _filling = {'fill', 'put', 'place', 'copyto', 'putmask', 'itemset'} # of NumPy's
-_making = '__init__', '__new__', '__post_init__' # what these are given is new
-_setting = *_making, '__setitem__', '__delitem__', '__setattr__', '__delattr__' # who uses the operator changes it
+_setting = *MAKING, '__setitem__', '__delitem__', '__setattr__', '__delattr__' # who uses the operator changes it
 _silent = ('CACHE', 'PRECALL', 'KW_NAMES', 'NOP', 'EXTENDED_ARG', 'RESUME')
 
 class Written(NamedTuple):
@@ -86,7 +85,7 @@ def _written_by(f, is_own):
     for code in instructions(f):
         anything = anything or _by_computed_name(code)
         for at,i in enumerate(code):
-            if i.opname in ('STORE_ATTR', 'DELETE_ATTR') and not (is_self := _is_self(f, code[at-1])) & (f.__name__ in _making): (own if is_own and is_self else others).add(i.argval)
+            if i.opname in ('STORE_ATTR', 'DELETE_ATTR') and not (is_self := _is_self(f, code[at-1])) & (f.__name__ in MAKING): (own if is_own and is_self else others).add(i.argval)
             if i.opname in ('STORE_GLOBAL', 'DELETE_GLOBAL') or i.opname == 'STORE_DEREF' and i.argval in f.__code__.co_freevars: others.add(i.argval)
             if f.__name__ in _setting and (code[at-1].opname.startswith('CALL') or _is_self(f, code[at-1])): continue
             container,tensor = _changed_by(code, at)
@@ -99,7 +98,7 @@ def written(
     functions:list|None=None, # What its `forward` comes to, if more is known of that
 )->Written:
     "What the `forward` of `m` may write, its children's left out"
-    if package_of(type(m)) == 'torch' and not (own_attributes(m) or m._forward_hooks or m._forward_pre_hooks): return Written() # it holds nobody's code
+    if package_of(type(m)) == 'torch' and not (own_attributes(m) or forward_hooks(m)): return Written() # it holds nobody's code
     found = functools.reduce(operator.or_, (_written_by(f, f in _methods(type(m))) for f in (*(functions_of(m) if functions is None else functions), *hook_reading(m).functions)), Written())
     holding = [n for n,v in vars(m).items() if n not in OWN and found.changes and held_in(v, _kinds, but=(Tensor, type, nn.Module))]
     return found | Written(frozenset(holding))

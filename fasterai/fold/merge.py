@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .apply import become, copied
-from .flow import hook_name, naming, under
+from .flow import hook_name, inside, naming, under
 from .held import same_random_state
 from .memory import untouched
 from .plan import Row
@@ -116,7 +116,7 @@ def merge(
                 if why[m]: notes += [f'{naming(name)} stays as it is, for all its `{method(m)}`: {why[m]}']
                 else:
                     how,left = method(m), {n for n,o in new[m].named_modules() if isinstance(o, _BatchNorm)}
-                    rows += [Row(f'{name}.{n}'.strip('.'), merged=(name, how)) for n,o in m.named_modules() if isinstance(o, _BatchNorm) and n not in left]
+                    rows += [Row(inside(name, n), merged=(name, how)) for n,o in m.named_modules() if isinstance(o, _BatchNorm) and n not in left]
                     undo.callback(become(m, new[m]))
                     for k,v in vars(m).items(): # a method that it took from itself, as in `self.forward = self.forward_merged`
                         if isinstance(v, MethodType) and v.__self__ is new[m]: m.__dict__[k] = MethodType(v.__func__, m)

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .code import reading
-from .held import OWN, held_in, instructions, package_of
+from .held import OWN, forward_hooks, held_in, instructions, package_of
 from .known import called_plainly
 from .uses import Uses, is_list
 
@@ -34,7 +34,7 @@ def _rebinds(functions):
 
 def _hooks(m):
     "Those of its author's, which are given `m`; what fastai's own do is known"
-    return [h for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()) if package_of(getattr(h, '__func__', h if isinstance(h, FunctionType) else type(h))) not in ('fastai', 'fastcore')]
+    return [h for h in forward_hooks(m) if package_of(getattr(h, '__func__', h if isinstance(h, FunctionType) else type(h))) not in ('fastai', 'fastcore')]
 
 class _Reach:
     "How far the code of `m`, which can't be followed, or which has hooks, goes into its children"

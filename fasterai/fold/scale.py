@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .affine import Affine, to_float64
-from .flow import Call, Entry, Flow, Value, altered, naming, values_in
+from .flow import Call, Entry, Flow, Value, altered, inside, naming, values_in
 from .layers import NORMS
 from .trace import same_outline, trace_flow
 
@@ -166,7 +166,7 @@ def read_parameters(
     for call in [*flow.calls]:
         m = flow.modules.get(call.module)
         if not (m and m._modules and m._parameters): continue
-        held = {n: p.numel() for a,p in m._parameters.items() if p is not None and p.is_floating_point() and (n := flow.names[p]) == f'{call.module}.{a}'.strip('.')}
+        held = {n: p.numel() for a,p in m._parameters.items() if p is not None and p.is_floating_point() and (n := flow.names[p]) == inside(call.module, a)}
         for x in values_in(call.args):
             views = []
             steps = [] if x.name else _step(call, x, held, views)

@@ -20,8 +20,8 @@ from .choices import may_choose, may_loop
 from .computed import writing
 from .reach import taken_apart
 from .code import KINDS_ASKED, functions_of, reading, runs_apart, variants
-from .flow import Entry, Flow, Value, altered, mapped, naming, read_written_out, tensors_of, under, values_in
-from .held import codes_in, held_in, uncollected
+from .flow import Entry, Flow, Value, altered, inside, mapped, naming, read_written_out, tensors_of, under, values_in
+from .held import codes_in, forward_hooks, held_in, uncollected
 from .left import meets, read, shared_by
 from .known import METADATA, called_plainly, custom_op, is_foreign, is_plain, known_layer, name_of, parts_of, plain_batchnorm, type_of
 from .layers import LAYERS, layer_call
@@ -248,7 +248,7 @@ _lock = threading.RLock()
 def _left_apart(flow, refused):
     "The modules that may go by what another one leaves behind, where the two were not traced together, and why"
     names = {m: n for n,m in flow.model.named_modules()}
-    hooked = {m for m in names if m._forward_hooks or m._forward_pre_hooks}
+    hooked = {m for m in names if forward_hooks(m)}
     untraced = {m for m in names if names[m] in flow.failed} | hooked
     if not untraced: return {}
     traced = [{flow.modules[name], *(flow.modules[stack[-1]] for stack,*_ in tracer.calls)} for name,_,tracer in flow.traces]
@@ -287,7 +287,7 @@ def _trace_all(model, opaque, refused):
         if type(m).forward is nn.Sequential.forward and name and seen.issuperset(m) and not any(under(name, f) for f in flow.failed): continue # nobody calls it, but for what it holds
         seen.add(m)
         tracers = _trace_root(m, flow, names, opaque, refused)
-        if not tracers or m._forward_hooks or m._forward_pre_hooks: apart |= {*taken_apart(m)}
+        if not tracers or forward_hooks(m): apart |= {*taken_apart(m)}
         flow.apart |= {names[o] for o in apart}
         for tracer in tracers:
             seen.update(flow.modules[stack[-1]] for stack,*_ in tracer.calls)
@@ -298,7 +298,7 @@ def _trace_all(model, opaque, refused):
     flow.undecided |= {names[m] for m in names if runs_apart(m)}
     flow.probed |= {n for name in flow.failed for f in functions_of(flow.modules[name]) for c in codes_in(f.__code__) for n in c.co_names} & _probes - {'stride'} # which a layer has, too
     for m in names:
-        if m._forward_hooks or m._forward_pre_hooks: # a hook is given its module, and may use what is in it, and what it holds itself
+        if forward_hooks(m): # a hook is given its module, and may use what is in it, and what it holds itself
             _may_reach(flow, m, names, but=m if not m._modules else None)
     read_written_out(flow)
     flow.note_hooks()
@@ -358,7 +358,7 @@ def _takes_bias(flow, name):
     m = flow.modules[name]
     if name in flow.failed or not called_plainly(m): return False
     if any(w.met_by(read(m)) for _,w in writing(o for o in flow.modules.values() if o is not m)): return False
-    opaque = {type(o) for n,o in m.named_modules() if n and f'{name}.{n}'.removeprefix('.') in flow.failed}
+    opaque = {type(o) for n,o in m.named_modules() if n and inside(name, n) in flow.failed}
     def traced(m):
         names,params = {o: n for n,o in m.named_modules()}, {t: n for n,t in tensors_of(dict(m.named_modules())).items()}
         for way in variants(m):

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .code import KINDS_ASKED, MAX_WAYS, STATES, asked_for_none, is_state, reading, was_raised
 from .flow import naming
-from .held import ATOMS, codes_in, held_in, own_attributes, package_of, package_of_frame, random_state, same_random_state, young_garbage
+from .held import ATOMS, codes_in, forward_hooks, held_in, own_attributes, package_of, package_of_frame, random_state, same_random_state, young_garbage
 from .known import MODULES, called_plainly, given_out, giver, known_layer, length_of, operations_in, plain_batchnorm, settings_of
 from .left import Left, Written, held_by, read, shared_by, written
 from .memory import alike, copied, told, untouched
@@ -165,7 +165,7 @@ def call_module(self:Tracer, m, args, kwargs):
 @patch
 def is_passing(self:Tracer, m):
     "Is `m`, which is no part of the model, a Sequential made just now, or one of PyTorch's that holds nothing?"
-    plain = called_plainly(m) and 'forward' not in vars(m) and not (m._forward_hooks or m._forward_pre_hooks)
+    plain = called_plainly(m) and 'forward' not in vars(m) and not forward_hooks(m)
     made = type(m).forward is nn.Sequential.forward and m in self.modules_made
     return plain and (made or package_of(type(m)) == 'torch' and not (m._modules or m._parameters or m._buffers))
 
