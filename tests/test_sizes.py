@@ -160,6 +160,43 @@ def test_sizes_that_agree_by_chance_on_a_gpu(forward):
     assert not folded(model, (small,), [(small,), (large,)]).folded
 
 
+def rows_of_a_constant(m, x): return m.fc9(m.bn(m.valid(x).relu()).view(-1, 36))
+def groups_of_a_constant(m, x): return m.fc9(m.bn(m.valid(x).relu()).reshape(x.shape[0], -1, 36))
+def rows_by_columns(m, x): return m.fc9(m.bn(m.valid(x).relu()).transpose(1, 2).flatten(1))
+def columns_first(m, x): return m.fc9(m.bn(m.valid(x).relu()).permute(0, 3, 1, 2).reshape(len(x), 36))
+def clips(m, x):
+    b, t = x.shape[:2]
+    if t not in (1, 10): raise ValueError('an image, or a clip of ten')
+    y = m.pool(m.valid(x.flatten(0, 1))).flatten(1)
+    return m.fc(m.bn1(m.one(y.view(b, t, -1).transpose(1, 2)).relu()).reshape(-1, 4))
+@pytest.mark.parametrize('forward, sizes', [
+    (rows_of_a_constant, [(2, 4, 5, 5), (2, 4, 8, 5)]), (groups_of_a_constant, [(2, 4, 5, 5), (2, 4, 8, 5)]), (rows_by_columns, [(2, 4, 5, 5), (2, 4, 11, 3)]), (columns_first, [(2, 4, 5, 5), (2, 4, 3, 11)]),
+    (clips, [(2, 1, 4, 5, 5), (2, 10, 4, 5, 5)])], ids=lambda o: getattr(o, '__name__', ''))
+def test_sizes_of_a_feature_map_that_no_size_of_the_input_hits(forward, sizes):
+    "a multiple of the features, or as many of them in another shape"
+    calls = [(images(*s),) for s in sizes]
+    layers = dict(valid=nn.Conv2d(4, 4, 3), bn=bn(), bn1=nn.BatchNorm1d(4), one=nn.Conv1d(4, 4, 1), pool=nn.AdaptiveAvgPool2d(1), fc=nn.Linear(4, 4), fc9=nn.Linear(36, 4))
+    assert not folded(net(forward, **layers), calls[0], calls).folded
+
+
+@pytest.mark.parametrize('flatten', [lambda y: y.flatten(1), lambda y: y.view(y.size(0), -1), lambda y: y.view(-1, y.shape[1]*y.shape[2]*y.shape[3]), nn.Flatten()])
+def test_a_reshape_that_takes_every_size(flatten):
+    "but the layer behind it does not"
+    calls = [(images(2, 4, 5, 5),), (images(3, 4, 5, 5),)]
+    assert folded(net(lambda m, x: m.fc9(flatten(m.bn(m.valid(x).relu()))), valid=nn.Conv2d(4, 4, 3), bn=bn(), fc9=nn.Linear(36, 4)), calls[0], calls).folded == 1
+
+
+class Shuffle(nn.Module):
+    def __init__(self): super().__init__(); self.bn, self.fc = nn.BatchNorm1d(12), nn.Conv1d(12, 2, 1)
+    def forward(self, x, k): return self.fc(torch.channel_shuffle(self.bn(x.relu()), k))
+
+
+def test_a_number_that_was_read_off_a_tensor_and_handed_on():
+    model = net(lambda m, x, k: m.inner(m.stem(x), k.item()), stem=nn.Conv1d(3, 12, 1), inner=Shuffle())
+    calls = [(images(2, 3, 5), torch.tensor(k)) for k in (2, 3)]
+    assert not folded(model, calls[0], calls).folded
+
+
 def flat(m, x):
     y = m.conv(x)
     n, c, h, w = y.shape

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from math import prod
 
 from fastcore.basics import groupby,patch
 from torch import nn
@@ -22,7 +23,7 @@ from .finder import CLAMPS, Absorb, Finder
 from .known import called_plainly
 from .flow import Flow, Value, altered, naming, under
 from .held import ATOMS, uncollected
-from .shapes import given_sizes, is_pinned
+from .shapes import is_pinned
 
 # %% ../../nbs/06_fold.plan.ipynb #128b5f8c
 @dataclass(frozen=True, eq=False)
@@ -261,25 +262,42 @@ def _callers(flow):
 
 _by_size = BY_SIZE | {'flatten', 'cat', 'concat', 'concatenate'}
 
-def _left_out(call, way, symbolic):
-    "The axes of size one, behind the first, that a `view` may leave out because they are. Where it makes channels of what there is more it would fail, if no part is taken of them"
-    grows = call.op == 'flatten' or tuple(given_sizes(call.args)[1:2]) == (-1,)
-    if call.op not in RESHAPES | {'flatten'} or grows and not any(c.op in PARTS for c in way): return []
-    return [d for d,n in enumerate(call.args[0].shape) if d and n == 1 and not is_pinned(call.args[0], symbolic)]
+def _again(call, flows):
+    "`call` in other runs of the model"
+    same = (f.calls[call.index] for f in flows if call.index < len(f.calls))
+    return [c for c in same if (c.op, c.stack, len(c.outs)) == (call.op, call.stack, len(call.outs))]
 
-def _was_more(call, d, others):
-    "Was there a run in which axis `d` of what `call` is given was not of size one?"
-    same = (calls[call.index] for calls in others if call.index < len(calls) and calls[call.index].op == call.op and calls[call.index].stack == call.stack)
-    return any(c.args[0].shape[d] > 1 for c in same if len(c.args[0].shape) > d)
+def _flattens(call):
+    "Does `call` make one axis of all that are behind the batch?"
+    shape = call.args[0].shape
+    return len(shape) > 2 and call.outs[0].shape == (shape[0], prod(shape[1:]))
+
+def _fits_all(call): return call.op == 'flatten' or call.args[1:] in (([call.outs[0].shape[0], -1],), ((call.outs[0].shape[0], -1),)) # but for the batch
+
+def _sizes(values, d): return {v.shape[d] for v in values if len(v.shape) > d}
+
+def _unseen(call, same, made, symbolic):
+    "The first axis of what a reshape is given, of which no run that does the `same` had another size, though it may have one: in a run it was `made` so, or it is of size one and may be more"
+    for d,n in enumerate(call.args[0].shape):
+        if _sizes((c.args[0] for c in same), d) == {n} and (_sizes(made, d) != {n} or n == 1 and not is_pinned(call.args[0], d, symbolic)): return d
+
+_moves = ORDERS | PARTS | RESHAPES | {'flatten', 'squeeze', 'unsqueeze', 'mean'}
 
 def _at_other_sizes(row, ways, symbolic, elsewhere, by_more):
     "Stop where what stands between may be something else at another size"
     op = next((c.op for way in ways for c in way if c.op in _by_size), None)
     if not op: return
     if by_more: raise Stop(f'`{op}` may go by a number that the model is given')
-    if not all(row.name in other and row.same(other[row.name]) for other,_ in elsewhere()): raise Stop(f'`{op}` does something else at another size of the input')
-    for call,way in ((c, way) for way in ways for c in way):
-        if not all(_was_more(call, d, [calls for _,calls in elsewhere()]) for d in _left_out(call, way, symbolic)): raise Stop(f'`{call.op}` leaves out an axis of size one, which may have more at another size of the input')
+    flows,broken,rows = elsewhere()
+    if not all(row.name in other and row.same(other[row.name]) for other in rows): raise Stop(f'`{op}` does something else at another size of the input')
+    for way in ways:
+        plain = way[0].op == 'batch_norm' and all(_flattens(c) for c in way if c.op in _moves) # all numbers of a channel stay beside each other
+        for call in (c for c in way if c.op in RESHAPES | {'flatten'}):
+            same = _again(call, flows) + [c for c in _again(call, broken) if plain and _flattens(c)]
+            v = call.args[0]
+            made = [v, *(c.outs[v.call.outs.index(v)] for c in _again(v.call, flows + broken))] if v.call else [v]
+            d = _unseen(call, [call, *same], made, symbolic)
+            if d is not None and not (d and plain and _fits_all(call)): raise Stop(f'axis {d} of what `{call.op}` is given may be of another size for another input, and no run shows that it does the same then')
 
 def _happens(call): return call.op == 'squeeze' or call.op == 'add' and any(type(a) in (int, float) and a == 0 for a in call.args) # a size is one, a number is zero
 
@@ -287,11 +305,11 @@ def in_all_ways(
     flow:Flow, # A recorded run
     symbolic:Flow, # The symbolic trace of the same model
     planned:Callable, # `planned(symbolic)`, or `planned(flow, symbolic)`, gives a `Plan`
-    resized:Callable|None=None, # `resized()` gives runs at other sizes, where they are asked for
+    resized:Callable|None=None, # `resized()` gives runs at other sizes, where they are asked for, and those that broke off
 )->tuple: # What is planned from the trace alone, by name; and `of(name)`, a check of a `Row`, which returns it or raises `Stop`
     "Holds what a recorded run shows against all the ways that a `forward` can take"
     by_name = lambda *flows: {r.name: r for r in planned(*flows)}
-    rows,elsewhere = by_name(symbolic), resized and cache(lambda: [(by_name(o, symbolic), o.calls) for o in resized()])
+    rows,elsewhere = by_name(symbolic), resized and cache(lambda: (*(flows := resized()), [by_name(o, symbolic) for o in flows[0]]))
     through = {} # the modules that a value goes into or comes out of
     for e in flow.entries:
         for v in (*e.args, *e.outs): through.setdefault(v, set()).add(e.name)
@@ -300,6 +318,7 @@ def in_all_ways(
     more = lambda traced, run: {s for s in traced - run if len(s) > 1 or s[0] not in {r[-1] for r in run}} # one that was traced by itself says nothing of its caller
     by_more = {e.name for e in flow.entries if not all(isinstance(o, Value) for o in tree_leaves(e.given))} # a number, a name, or anything else that another call may give as another
     undecided = flow.branches | symbolic.undecided | ((flow.askers | by_more) & symbolic.failed.keys()) | (by_more & symbolic.askers)
+    given_more = lambda stack: any(n in by_more and (not n or flow.branches.intersection(stack[:i])) for i,n in enumerate(stack)) # a number of the caller's, or one that was read off a tensor
     unfollowed = symbolic.unknown.keys() | {''}
     odd = {c.module for c in symbolic.calls if c.op == 'batch_norm' and c.args[5] is not False}
     def of(name):
@@ -321,7 +340,7 @@ def in_all_ways(
                 if at is None and unseen: at = shared
                 if at in symbolic.failed: raise Stop(f"another input may take another way through {naming(at)}, whose code can't be followed: {symbolic.failed[at]}")
                 if at is not None: raise Stop(f'{naming(at)} chooses its way by its input, and not every way is known to allow it')
-            if elsewhere: _at_other_sizes(row, ways, symbolic, elsewhere, '' in by_more)
+            if elsewhere: _at_other_sizes(row, ways, symbolic, elsewhere, any(map(given_more, {c.stack for way in ways for c in way})))
             return altered(row, alone=False)
         return check
     return rows, of

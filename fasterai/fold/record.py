@@ -250,9 +250,11 @@ def record_flow(
     kwargs:dict,
     known:frozenset=frozenset(), # Operations to keep whole; others are decomposed where they can be
     there:set|None=None, # The storages of all tensors, where a first run met one that it had not made
+    begun:list|None=None, # Gets the flow as the run begins: what there is of it stays, if the model raises
 )->tuple[Flow,object]: # The flow of this run, and what the model returned
     "Run `model` once and write down what happens"
     recorder = _Recorder(model, known, there)
+    if begun is not None: begun.append(recorder.flow)
     for t in tensors_in((args, kwargs)): recorder.value(t)
     recorder.strange = False
     with ExitStack() as ctx:
@@ -261,7 +263,7 @@ def record_flow(
         ctx.callback(recorder.restore)
         with torch._C._AutoDispatchBelowAutograd(), _Leaks(recorder), recorder: out = model(*args, **kwargs)
         _note_alive(recorder, out, collect)
-    if recorder.strange and there is None: return record_flow(model, args, kwargs, known, _all_storages() - recorder.made)
+    if recorder.strange and there is None: return record_flow(model, args, kwargs, known, _all_storages() - recorder.made, begun)
     read_written_out(recorder.flow)
     recorder.flow.note_hooks()
     return recorder.flow, out

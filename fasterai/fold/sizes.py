@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .apply import copied
-from .flow import mapped
+from .flow import mapped, read_written_out
 from .held import held_in, uncollected
 from .record import record_flow
 
@@ -94,17 +94,23 @@ def flows_at_other_sizes(
     args:tuple, # An example that it runs on
     kwargs:dict,
     known:frozenset, # As `record_flow` takes it
-)->list: # Of `Flow`s
-    "What `model` does at other sizes than the example's, wherever it runs"
+)->tuple[list,list]: # `Flow`s, and those of runs that the model broke off
+    "What `model` does at other sizes than the example's"
     example,tensors,found = (args, kwargs),[],[]
     grow = all(t.device.type == 'cpu' for t in (*held_in(model, Tensor), *held_in(example, Tensor)))
     if not grow and (moved := _on_cpu(model, example, known)): (model,example),grow = moved,True
     mapped(example, Tensor, tensors.append)
     until,besides,steps = _changes([t.shape for t in tensors], grow)
+    broken = []
     elsewhere = set() # axes of places that had another size in a run
     def tried(example, change):
-        try: flows = [record_flow(model, *_resized(example, change), known)[0]]
-        except Exception: return [] # it takes no such input
+        begun = []
+        try: flows = [record_flow(model, *_resized(example, change), known, begun=begun)[0]]
+        except Exception: # it takes no such input
+            for flow in begun[-1:]:
+                read_written_out(flow)
+                broken.append(flow)
+            return []
         elsewhere.update(d for (i,d),n in change.items() if d > 1 and n != tensors[i].shape[d])
         return flows
     def changed(changes):
@@ -115,4 +121,4 @@ def flows_at_other_sizes(
     if not elsewhere: found += sum(changed(steps), [])
     longer = tuple(map(_longer, example[0])), _longer(example[1])
     if longer != example: found += tried(longer, {})
-    return found
+    return found, broken

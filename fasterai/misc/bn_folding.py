@@ -232,7 +232,7 @@ class _Fold:
             read_parameters(flow, self.without)
         return flow
 
-    def _others(self): return [self.read(flow) for flow in flows_at_other_sizes(self.model, *self.example, _known)]
+    def _others(self): return [[*map(self.read, flows)] for flows in flows_at_other_sizes(self.model, *self.example, _known)]
 
     def plan(self):
         with plain_device(): plan = self.planned(self.recorded, self.traced, self.keep, others=self.others) if self.recorded else self.planned(self.traced, keep=self.keep)
