@@ -1,13 +1,13 @@
 "A choice made in one module that changes what happens in another: by what it is given, or by what is left behind."
-import argparse, contextvars, threading, types
+import argparse, contextvars, random, threading, types
 
 import einops, pytest, torch
 import torch.nn.functional as F
 from torch import nn
 
 from fasterai.misc.bn_folding import BN_Folder
-from helpers import randomise
-from test_ways import bn, conv, folded, pair
+from helpers import net, randomise
+from test_ways import bn, conv, folded, pair, x
 
 
 class Outer(nn.Module):
@@ -256,3 +256,79 @@ def test_a_variable_of_a_context_or_a_thread(writes, asks):
     "is nowhere to be put back, and may be another when the model runs"
     shares = Shares(writes)
     for example in ((), (small,), (many,)): assert not BN_Folder().plan(randomise(nn.Sequential(shares, Asks(shares, asks))), *example).folded
+
+
+def handed_to_a_method(m, x, upto=False): return m.go(x, upto)
+def of_its_own(m, x, upto=False):
+    y = m.conv(x)
+    return y if upto == m.names[0] else m.bn(y)
+def one_of_its_own(m, x, upto=False):
+    y = m.conv(x)
+    return y if upto in m.names else m.bn(y)
+def as_a_number(m, x, upto=False):
+    y, n = m.conv(x), int(upto)
+    return y if n > 2 else m.bn(y)
+def under_another_name(m, x, upto=True):
+    y, a = m.conv(x), upto
+    return y if a is None else m.bn(y)
+def in_a_closure(m, x, upto=False):
+    y = m.conv(x)
+    return (lambda: y if upto == 'conv' else m.bn(y))()
+def go(m, x, upto):
+    y = m.conv(x)
+    return y if upto == 'conv' else m.bn(y)
+
+@pytest.mark.parametrize('forward', [handed_to_a_method, of_its_own, one_of_its_own, as_a_number, under_another_name, in_a_closure])
+@pytest.mark.parametrize('example', [(), (x,)], ids=['symbolic', 'example'])
+def test_an_argument_that_is_more_than_a_flag(forward, example):
+    "though its default is `True` or `False`"
+    model = pair(forward)
+    model.names, type(model).go = ('conv', 'bn'), go
+    more = [x, 3] if forward is as_a_number else [x, None] if forward is under_another_name else [x, 'conv']
+    assert not folded(model, example, [(x,), more]).folded
+
+
+class Flagged(nn.Module):
+    def __init__(self): super().__init__(); self.conv, self.bn = conv(), bn()
+    def forward(self, x, clip=False, drop: bool = False): return clipped(F.dropout(self.bn(self.conv(x)), .5, training=drop) if not drop else x, clip=clip)
+def clipped(x, clip): return x.clamp(-1, 1) if clip and x is not None else x
+def test_a_flag_that_is_handed_on_is_one():
+    model = net(lambda m, x, clip=False: m.inner(x, clip=clip), inner=Flagged())
+    assert folded(model, (), [(x,), (x, True)]).folded == 1
+
+
+class Object:
+    "What stands for a method of a class, and is no function"
+    def __init__(self, f): self.f = f
+    def __get__(self, o, cls=None): return self if o is None else types.MethodType(self, o)
+    def __call__(self, m, x): return self.f(m, x) + m.conv(x)
+class CalledByAnObject(nn.Module):
+    def __init__(self): super().__init__(); self.conv, self.bn = conv(), bn()
+    @Object
+    def __call__(self, x): return nn.Module.__call__(self, x)
+    def forward(self, x): return self.bn(self.conv(x))
+class ForwardIsAnObject(nn.Module):
+    def __init__(self): super().__init__(); self.conv, self.bn = conv(), bn()
+    @Object
+    def forward(self, x): return self.bn(self.conv(x))
+@pytest.mark.parametrize('kind', [CalledByAnObject, ForwardIsAnObject])
+@pytest.mark.parametrize('example', [(), (x,)], ids=['symbolic', 'example'])
+def test_a_method_that_is_an_object(kind, example): assert not folded(randomise(kind()), example, [(x,)]).folded
+
+
+def asks_for_a_type(x): return x if type(x) is torch.Tensor else x[0]
+def in_turn(m, x):
+    x, m.i = asks_for_a_type(x), 1 - m.i
+    return m.bn(m.wide(x).narrow(1, 4*m.i, 4))
+def by_its_log(m, x):
+    x = asks_for_a_type(x)
+    m.log.append(1)
+    return m.bn(m.wide(x).narrow(1, 4*(m.log.__len__() - 2), 4))
+def by_chance(m, x): return m.bn(m.wide(asks_for_a_type(x)).narrow(1, random.getrandbits(1)*4, 4))
+@pytest.mark.parametrize('forward', [in_turn, by_its_log, by_chance])
+@pytest.mark.parametrize('example', [(), (x,)], ids=['symbolic', 'example'])
+def test_code_that_cannot_be_followed_and_goes_by_what_it_left_or_draws(forward, example):
+    model, folder = net(forward, wide=conv(8), bn=bn()), BN_Folder()
+    model.i, model.log = 0, [1]
+    folder.fold(model, *example)
+    assert not folder.report.folded

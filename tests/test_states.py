@@ -789,3 +789,61 @@ def test_a_computed_weight_that_may_be_another(what, kind, example):
     if folder.report.notes: assert folder.report.notes[0].startswith('`conv` still computes its weights: ')
     with torch.set_grad_enabled(kind is OfGradients):
         for given in (x, x[:1], *[x]*12): assert torch.allclose(model(given), new(given), rtol=1e-12)
+
+
+class LeftOut(nn.Module):
+    "A cache that is not saved, and so not copied"
+    def __init__(self): super().__init__(); self.conv, self.bn, self.scale = conv(), nn.BatchNorm2d(4), torch.ones(())*3
+    def __getstate__(self): return self.__dict__ | {'scale': None}
+    def forward(self, x):
+        y = self.bn(self.conv(x))
+        y = y if self.scale is None else y*self.scale
+        return y*2 if float(y.abs().max()) > 1e9 else y
+class ById(nn.Module):
+    "A copy is another object"
+    def __init__(self): super().__init__(); self.conv, self.bn = conv(), nn.BatchNorm2d(4); self.gain = {id(self.bn): 2.}
+    def forward(self, x): return self.bn(self.conv(x))*self.gain.get(id(self.bn), 1.)
+gains = weakref.WeakKeyDictionary()
+class ByAWeakKey(nn.Module):
+    def __init__(self): super().__init__(); self.conv, self.bn = conv(), nn.BatchNorm2d(4); gains[self] = 2.
+    def forward(self, x): return self.bn(self.conv(x))*gains.get(self, 1.)
+@pytest.mark.parametrize('kind', [LeftOut, ById, ByAWeakKey])
+@pytest.mark.parametrize('how', [{}, dict(bake=True), dict(series=True)])
+def test_a_copy_that_would_compute_something_else(kind, how):
+    model = randomise(kind())
+    before = snapshot(model)
+    with pytest.raises((TypeError, FoldError), match='inplace=True' if how or kind is not ByAWeakKey else 'another way'): BN_Folder(**how).fold(model, x)
+    assert_untouched(model, before)
+    want = run(model, (x,), {})
+    assert difference(want, run(BN_Folder(**how).fold(model, x, inplace=True), (x,), {})).relative < 1e-12
+
+
+def test_what_someone_set_on_a_parameter_is_copied():
+    model = chain()
+    for p in model.parameters(): p.no_decay = True
+    assert all(p.no_decay for p in BN_Folder().fold(model).parameters() if p.dim() > 1)
+
+
+def test_a_class_with_slots():
+    class Slots(nn.BatchNorm2d): __slots__ = ('more',)
+    model = randomise(nn.Sequential(conv(), Slots(4)))
+    assert BN_Folder().fold(model) and BN_Folder().fold(model, x)
+    with pytest.raises(TypeError, match='`__slots__`: fold a copy'): BN_Folder(series=True).fold(model)
+
+
+def test_an_interrupted_fold_leaves_pytorch_as_it_was(monkeypatch):
+    before = nn.Module.__call__, nn.Module.__getattr__, nn.Module.__init__
+    def interrupt(*args): raise KeyboardInterrupt
+    monkeypatch.setattr('fasterai.fold.ways.operations_in', interrupt) # while PyTorch is diverted
+    with pytest.raises(KeyboardInterrupt): BN_Folder().fold(chain())
+    assert (nn.Module.__call__, nn.Module.__getattr__, nn.Module.__init__) == before
+
+
+def test_the_random_state_outlives_a_copy_that_draws():
+    class Drawing(nn.Module):
+        def __init__(self): super().__init__(); self.conv, self.bn = conv(), nn.BatchNorm2d(4)
+        def __deepcopy__(self, memo): new = memo[id(self)] = Drawing().double().eval(); new.load_state_dict(self.state_dict()); return new
+        def forward(self, x): return self.bn(self.conv(x))
+    model, state = randomise(Drawing()), torch.get_rng_state()
+    with pytest.raises(TypeError): BN_Folder().fold(model)
+    assert torch.equal(state, torch.get_rng_state())

@@ -21,7 +21,7 @@ from .affine import Affine, batchnorm_affine, take, then, to_float64
 from .clamp import ChannelClamp, through_clamp
 from .compose import in_parallel, in_series
 from .flow import brief, inside, under
-from .held import ATOMS, content, forward_hooks, held_in, remembered, uncollected
+from .held import ATOMS, OWN, content, forward_hooks, held_in, package_of, remembered, same_random_state, uncollected
 from .left import held_by
 from .layers import absorb, absorb_batchnorm, grouped, in_channels, like, out_channels, ungrouped
 from .plan import Plan
@@ -192,7 +192,8 @@ def become(
         object.__setattr__(m, '__class__', cls)
         object.__setattr__(m, '__dict__', attrs)
     was = type(m), m.__dict__
-    be(type(new), new.__dict__)
+    try: be(type(new), new.__dict__)
+    except TypeError as e: raise TypeError(f"a {type(m).__name__} can't become a {type(new).__name__} where it stands, as it has `__slots__`: fold a copy, without `inplace`, `bake`, `series` and `reparameterize`") from e
     return lambda: be(*was)
 
 # %% ../../nbs/07_fold.apply.ipynb #df2aaaf2
@@ -212,7 +213,23 @@ def _copy(o, memo):
         new.update((_copy(k, memo), _copy(v, memo)) for k,v in o.items())
         return new
     if isinstance(o, Tensor) and not o.is_leaf: return memo.setdefault(id(o), o.detach().clone())
-    return copy.deepcopy(o, memo)
+    new = copy.deepcopy(o, memo)
+    if isinstance(o, nn.Parameter): _take_attributes(new, o, memo)
+    return new
+
+def _take_attributes(new, p, memo):
+    "What someone set on a parameter, PyTorch's copy of it has not"
+    vars(new).update((n, _copy(v, memo)) for n,v in vars(p).items() if n not in vars(new))
+
+def _check_attributes(m, new):
+    "Raise if the copy of a module, which was made in a way of its own, holds a number, a text or a tensor otherwise"
+    def alike(a, b):
+        if not isinstance(a, Tensor) or a.is_meta: return type(a) is type(b) and (a == b or a != a)
+        return isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+    held = lambda m: {n: v for o in (vars(m), m._parameters, m._buffers) for n,v in o.items() if n not in OWN and (type(v) in ATOMS or isinstance(v, Tensor))}
+    theirs = held(new)
+    if n := next((n for n,v in held(m).items() if n not in theirs or not alike(v, theirs[n])), None):
+        raise TypeError(f"the copy of a {type(m).__name__} holds another `{n}`, as a `__getstate__`, `__reduce__` or `__deepcopy__` has it: fold the model itself, with `inplace=True`")
 
 def _attribute(m, name, memo):
     try: return _copy(vars(m)[name], memo)
@@ -224,6 +241,7 @@ def _check_hooks(m, memo):
         o = next((o for o in held_in(content(hook), object) if id(o) in memo and memo[id(o)] is not o and (isinstance(o, nn.Module) or held_by((o,)))), None)
         if o is not None: raise TypeError(f"the hook `{hook.__qualname__}` on a {type(m).__name__} holds on to a {type(o).__name__} of the model, and would use the original's in a copy: take it off, or fold the model itself, with `inplace=True`")
 
+@same_random_state()
 def copied(
     model:nn.Module,
     memo:dict|None=None, # As `copy.deepcopy` takes it
@@ -245,8 +263,10 @@ def copied(
         if plainly: vars(memo[id(m)]).update((name, _attribute(m, name, memo)) for name in vars(m) if name != '_compiled_call_impl') # `m.compile()` made it, and it runs the original
     new = copy.deepcopy(model, memo)
     for m in seen: _check_hooks(m, memo)
-    for m in seen:
-        if id(m) in memo: memo[id(m)].training = m.training # a `__setstate__` of its own may make it anew
+    for m,plainly in seen.items():
+        if id(m) not in memo: continue
+        memo[id(m)].training = m.training # a `__setstate__` of its own may make it anew
+        if not plainly and type(memo[id(m)]) is type(m) and package_of(type(m)) != 'torch': _check_attributes(m, memo[id(m)])
     return new
 
 def apart(
@@ -276,6 +296,8 @@ def folded_copy(
         if (p := m._parameters[attr]) is not None: rewritten[id(t)] = memo[id(p)] = type(p)(t, requires_grad=p.requires_grad)
     for m,made in [*_swaps(model, plan, new)]: memo[id(m)] = copy.deepcopy(made, memo) if made._modules else made
     out = copied(model, memo)
+    for m,attr,t in _parameters(model, new):
+        if (p := m._parameters[attr]) is not None: _take_attributes(rewritten[id(t)], p, memo)
     for m,attr,t in _parameters(out, new):
         if m._parameters[attr] is None: _gain_bias(m, attr, t)
         elif m._parameters[attr] is not rewritten[id(t)]: raise TypeError(f'the `{attr}` of a {type(m).__name__} is not in the copy: a `__deepcopy__` of its own made another')

@@ -171,7 +171,7 @@ def _squeezed(call):
     if call.args[0].shape is None: raise Unknown('the rank of what is squeezed is not known')
     rank = len(call.args[0].shape)
     dims = range(rank) if dims is None else [d % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims])]
-    return [d for d in dims if _size(call.args[0], d) == 1]
+    return sorted(d for d in dims if _size(call.args[0], d) == 1)
 
 def _squeeze_down(call, label):
     for d in _squeezed(call)[::-1]: label = label.squeeze(d)

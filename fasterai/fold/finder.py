@@ -59,7 +59,7 @@ class Finder:
         self.unknown = {n: at for n,ats in symbolic.unknown.items() for at in reversed(ats) if not inside(n, at)}
         self.unfollowed,self.failed = symbolic.unknown,symbolic.failed # the same, wherever that is; and why
         for name,m in self.model.named_modules():
-            for p in filter(None.__ne__, m._parameters.values()): self.owners.setdefault(flow.names[p], []).append(name)
+            for p in (p for p in m._parameters.values() if p is not None): self.owners.setdefault(flow.names[p], []).append(name)
         self.sharing = {flow.names[t]: names for t,names in in_one_memory(self.model).items() if t in flow.names} # names of other tensors in the memory of each
         self.places = places # names of each module
         self.calls_of,self.runs_of,self.children_of = {},flow.runs(),{} # by module: its own calls, its runs, the runs of its children

@@ -33,7 +33,9 @@ def called_plainly(
     return '_call_impl' not in vars(m) and _called_plainly(type(m))
 
 @remembered
-def _called_plainly(cls): return not any(getattr(cls, n) is not getattr(nn.Module, n) and is_authors(getattr(cls, n)) for n in ('__call__', '_wrapped_call_impl', '_call_impl'))
+def _called_plainly(cls):
+    own = [f for n in ('__call__', '_wrapped_call_impl', '_call_impl') if (f := inspect.getattr_static(cls, n)) is not inspect.getattr_static(nn.Module, n)]
+    return all(isinstance(f, FunctionType) and not is_authors(f) for f in own)
 
 def plain_batchnorm(
     m:nn.Module,

@@ -19,7 +19,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .carry import BY_SIZE, CARRIERS, ORDERS, SAME, Stop
 from .finder import KINDS, Absorb, Finder
 from .flow import Call, Flow, Value, altered, naming
+from .held import package_of
 from .layers import LAYERS, LayerCall, in_channels, layer_call, out_channels
+from .left import read
 from .plan import Plan, Row, in_all_ways
 
 # %% ../../nbs/07_fold.linear.ipynb #58d97067
@@ -175,6 +177,10 @@ def seen_beside(self:Finder, call, other):
 PARALLEL = {'into the layer beside it': Finder.beside}
 
 # %% ../../nbs/07_fold.linear.ipynb #ea23de65
+def _asks_for_weights(m):
+    "May the code of `m`, which can't be followed, ask for the shape of a layer's weight? That of a merged layer is another"
+    return package_of(type(m)) != 'torch' and 'weight' in read(m).any
+
 def plan_linear(
     flow:Flow, # What the model does, from a symbolic trace or from a recorded run
     symbolic:Flow|None=None, # With a recorded run: the symbolic trace
@@ -183,6 +189,7 @@ def plan_linear(
     others:Callable|None=None, # With a recorded run: `others()` gives runs at other sizes, where they are asked for
 )->Plan: # Of the layers that go, and no others
     "Which linear layers, and BatchNorms, can be merged with another layer"
+    if any(_asks_for_weights(flow.modules[n]) for n in (symbolic or flow).failed): return Plan(())
     finder,rows,changed,keep = Finder(flow, symbolic),[],{},keep or {}
     confirm = in_all_ways(flow, symbolic, partial(plan_linear, keep=keep, sides=sides), others)[1] if symbolic else None
     for name,calls in finder.calls_of.items():

@@ -10,7 +10,6 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from math import prod
 
 from fastcore.basics import groupby,patch
 from torch import nn
@@ -23,7 +22,7 @@ from .finder import CLAMPS, Absorb, Finder
 from .known import called_plainly
 from .flow import Flow, Value, altered, naming, under
 from .held import ATOMS, uncollected
-from .shapes import is_pinned
+from .shapes import unseen_axis
 
 # %% ../../nbs/06_fold.plan.ipynb #128b5f8c
 @dataclass(frozen=True, eq=False)
@@ -262,42 +261,16 @@ def _callers(flow):
 
 _by_size = BY_SIZE | {'flatten', 'cat', 'concat', 'concatenate'}
 
-def _again(call, flows):
-    "`call` in other runs of the model"
-    same = (f.calls[call.index] for f in flows if call.index < len(f.calls))
-    return [c for c in same if (c.op, c.stack, len(c.outs)) == (call.op, call.stack, len(call.outs))]
-
-def _flattens(call):
-    "Does `call` make one axis of all that are behind the batch?"
-    shape = call.args[0].shape
-    return len(shape) > 2 and call.outs[0].shape == (shape[0], prod(shape[1:]))
-
-def _fits_all(call): return call.op == 'flatten' or call.args[1:] in (([call.outs[0].shape[0], -1],), ((call.outs[0].shape[0], -1),)) # but for the batch
-
-def _sizes(values, d): return {v.shape[d] for v in values if len(v.shape) > d}
-
-def _unseen(call, same, made, symbolic):
-    "The first axis of what a reshape is given, of which no run that does the `same` had another size, though it may have one: in a run it was `made` so, or it is of size one and may be more"
-    for d,n in enumerate(call.args[0].shape):
-        if _sizes((c.args[0] for c in same), d) == {n} and (_sizes(made, d) != {n} or n == 1 and not is_pinned(call.args[0], d, symbolic)): return d
-
-_moves = ORDERS | PARTS | RESHAPES | {'flatten', 'squeeze', 'unsqueeze', 'mean'}
-
 def _at_other_sizes(row, ways, symbolic, elsewhere, by_more):
     "Stop where what stands between may be something else at another size"
     op = next((c.op for way in ways for c in way if c.op in _by_size), None)
     if not op: return
     if by_more: raise Stop(f'`{op}` may go by a number that the model is given')
-    flows,broken,rows = elsewhere()
+    finished,broken,rows = elsewhere()
     if not all(row.name in other and row.same(other[row.name]) for other in rows): raise Stop(f'`{op}` does something else at another size of the input')
-    for way in ways:
-        plain = way[0].op == 'batch_norm' and all(_flattens(c) for c in way if c.op in _moves) # all numbers of a channel stay beside each other
-        for call in (c for c in way if c.op in RESHAPES | {'flatten'}):
-            same = _again(call, flows) + [c for c in _again(call, broken) if plain and _flattens(c)]
-            v = call.args[0]
-            made = [v, *(c.outs[v.call.outs.index(v)] for c in _again(v.call, flows + broken))] if v.call else [v]
-            d = _unseen(call, [call, *same], made, symbolic)
-            if d is not None and not (d and plain and _fits_all(call)): raise Stop(f'axis {d} of what `{call.op}` is given may be of another size for another input, and no run shows that it does the same then')
+    for call,way in ((c, way) for way in ways for c in way if c.op in RESHAPES | {'flatten'}):
+        d = unseen_axis(call, way, finished, broken, symbolic)
+        if d is not None: raise Stop(f'axis {d} of what `{call.op}` is given may be of another size for another input, and no run shows that it does the same then')
 
 def _happens(call): return call.op == 'squeeze' or call.op == 'add' and any(type(a) in (int, float) and a == 0 for a in call.args) # a size is one, a number is zero
 

@@ -16,13 +16,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from .choices import may_choose, may_loop
+from .choices import may_choose, may_loop, variants
 from .computed import writing
 from .reach import taken_apart
-from .code import KINDS_ASKED, functions_of, reading, runs_apart, variants
+from .code import KINDS_ASKED, functions_of, reading, runs_apart
 from .flow import Entry, Flow, Value, altered, inside, mapped, naming, read_written_out, tensors_of, under, values_in
 from .held import codes_in, forward_hooks, held_in, uncollected
-from .left import meets, read, shared_by
+from .left import meets, read, remembers, shared_by
 from .known import METADATA, called_plainly, custom_op, is_foreign, is_plain, known_layer, name_of, parts_of, plain_batchnorm, type_of
 from .layers import LAYERS, layer_call
 from .shapes import shape_of
@@ -235,7 +235,7 @@ def _trace_root(m, flow, names, opaque, refused):
             why,choice = e.why,e.choice
         except Exception as e: why = str(e).strip().split('\n')[0] or type(e).__name__
         flow.failed[names[m]] = why
-        if choice or may_choose(m, why in KINDS_ASKED): flow.undecided.add(names[m])
+        if choice or may_choose(m, why in KINDS_ASKED) or remembers(m): flow.undecided.add(names[m])
         if may_loop(m): flow.looping.add(names[m])
         _may_reach(flow, m, names)
         for t in held_in(m, nn.Parameter):

@@ -256,7 +256,7 @@ def of_Subscript(self:Uses, n):
 
 @patch
 def of_Attribute(self:Uses, n):
-    if n.attr in ('dtype', 'device') and ast.unparse(n.value) in ('next(self.parameters())', 'next(self.buffers())'):
+    if n.attr in ('dtype', 'device') and ast.unparse(n.value) == 'next(self.parameters())':
         self.met.update(ast.walk(n.value))
         return set()
     if n.attr in METADATA and isinstance(n.value, ast.Attribute) and n.value.attr == 'weight': # a layer's has the same shape when all is folded; a BatchNorm has none
@@ -370,4 +370,4 @@ def _asks_where(f):
     "Does `f` tell of what dtype, or where, the parameters are, and nothing else?"
     names,free = {i.argval for code in instructions(f) for i in code if reads_attribute(i)}, {*f.__code__.co_names}
     if not names & {'dtype', 'device'} or any(i.opname.startswith('BINARY_') for code in instructions(f) for i in code): return False
-    return names <= {'parameters', 'buffers', *METADATA} and free - names <= {'next', 'iter', 'any', 'all', 'StopIteration'}
+    return names <= {'parameters', 'dtype', 'device', 'type', 'is_floating_point'} and free - names <= {'next', 'iter', 'any', 'all', 'StopIteration'}

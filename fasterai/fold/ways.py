@@ -16,7 +16,8 @@ from fastcore.basics import patch
 from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
-from .code import KINDS_ASKED, MAX_WAYS, STATES, asked_for_none, is_state, reading, was_raised
+from .choices import MAX_WAYS
+from .code import KINDS_ASKED, STATES, asked_for_none, is_state, reading, was_raised
 from .flow import naming
 from .held import ATOMS, codes_in, forward_hooks, held_in, own_attributes, package_of, package_of_frame, random_state, same_random_state, young_garbage
 from .known import MODULES, called_plainly, given_out, giver, known_layer, length_of, operations_in, plain_batchnorm, settings_of
@@ -264,10 +265,11 @@ def watching(self:Tracer):
     def __handle__(handle, *args, **kwargs):
         if mine(): raise Opaque(self.here(), 'it registers a hook') # before it is there
         hook(handle, *args, **kwargs)
-    nn.Module.__call__,nn.Module.__getattr__,nn.Module.__init__,RemovableHandle.__init__,builtins.isinstance = __call__,__getattr__,__init__,__handle__,is_instance
-    for name in MODULES & sys.modules.keys(): self.put(vars(sys.modules[name]))
-    for space,asks in ((vars(sys.modules[n]), asks) for n,asks in STATES.items() if n in sys.modules): self.put(space, {n: self.state(space[n]) for n in asks if n in space})
-    try: yield
+    try:
+        nn.Module.__call__,nn.Module.__getattr__,nn.Module.__init__,RemovableHandle.__init__,builtins.isinstance = __call__,__getattr__,__init__,__handle__,is_instance
+        for name in MODULES & sys.modules.keys(): self.put(vars(sys.modules[name]))
+        for space,asks in ((vars(sys.modules[n]), asks) for n,asks in STATES.items() if n in sys.modules): self.put(space, {n: self.state(space[n]) for n in asks if n in space})
+        yield
     finally:
         nn.Module.__call__,nn.Module.__getattr__,nn.Module.__init__,RemovableHandle.__init__,builtins.isinstance = call,get,init,hook,is_
         for space,name,was in self.patched:

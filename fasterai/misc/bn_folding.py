@@ -127,9 +127,8 @@ class BN_Folder:
     @property
     def _steps(self): return self.bake or self.reparameterize or self.series
 
-    def _prepare(self, model, xs, kwargs):
-        "Make plain what `model` computes, and let it merge what it can: how to undo that, what it gave before, the BatchNorms that went, and what there is to say"
-        want = _on_example(run, model, (xs, kwargs)) if xs or kwargs else None
+    def _prepare(self, model, xs, kwargs, want):
+        "Make plain what `model` computes, and let it merge what it can: how to undo that, the BatchNorms that went, and what there is to say"
         rows,notes,more_notes = [],[],[]
         advice = f"its code asks how they are computed. The original is as it was: fold it without {' and '.join(f'`{o}`' for o in ('bake', 'reparameterize') if getattr(self, o))}"
         with ExitStack() as undo:
@@ -148,12 +147,16 @@ class BN_Folder:
             except Exception as e: raise FoldError(f"the model does not run any more ({type(e).__name__}: {e}) once its weights are plain and its modules merged: {advice}") from e
             if found and found.relative > tolerance_for(want, model):
                 raise FoldError(f"the model's outputs differ by {found.largest:.3g} (relative {found.relative:.2g}) once its weights are plain and its modules merged: {advice}")
-            return undo.pop_all().close, want, rows, [*notes, *more_notes]
+            return undo.pop_all().close, rows, [*notes, *more_notes]
 
     def _in_steps(self, model, xs, kwargs, inplace=False, keep=True):
         "Prepare a copy, or `model` itself, fold it, and merge layers until there are none left to merge; put all back unless `keep`"
-        if not inplace: model = apart(model)
-        back,want,rows,notes = self._prepare(model, xs, kwargs)
+        want = _on_example(run, model, (xs, kwargs)) if xs or kwargs else None
+        if not inplace:
+            traced,model = trace_flow(model),apart(model)
+            if at := same_outline(traced, model, {}): raise FoldError(f"a copy of the model takes another way ({at}), with nothing folded. The original is as it was: fold it itself, with `inplace=True`")
+            if want is not None: _check_copy(model, want, (xs, kwargs))
+        back,rows,notes = self._prepare(model, xs, kwargs, want)
         sides = (PARALLEL if self.reparameterize else {}) | (SERIES if self.series else {})
         with ExitStack() as undo:
             undo.callback(back)
@@ -189,6 +192,12 @@ def _on_example(f, model, example, *more):
         stars = {tuple: '*', list: '*', dict: '**'}.get(type(xs[0])) if len(xs) == 1 else None
         how = ', which is run without gradients' if 'grad' in str(e) else ', which holds no tensor' if not tensors_in(example) else f', which is one argument (for several: `fold(model, {stars}x)`)' if stars else ''
         raise ValueError(f"the model does not run on this example ({', '.join(given(xs, kwargs))}){how}: {brief(e)}") from e
+
+def _check_copy(new, want, example):
+    "Raise if `new`, a copy of a model, does not give what the model gave"
+    try: same = _difference(want, run(new, *cloned(example))).relative <= tolerance_for(want, new)
+    except Exception as e: raise FoldError(f"a copy of the model does not run ({brief(e)}). The original is as it was: fold it itself, with `inplace=True`") from e
+    if not same: raise FoldError("a copy of the model computes something else, with nothing folded. The original is as it was: fold it itself, with `inplace=True`")
 
 def _recorded(model, example):
     "A recorded run, and what the model gave"
@@ -302,6 +311,7 @@ class _Fold:
             if found is None or found.relative <= tolerance_for(self.out, self.model):
                 undo.pop_all()
                 return folded, plan, found
+        if not inplace: _check_copy(copied(self.model), run(self.model, *cloned(self.example)), self.example)
         self.confirm(plan, found)
         return self.apply(plan, new, inplace), plan, found
 
