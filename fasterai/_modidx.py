@@ -302,6 +302,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fasterai.fold.known._rank_of_part': ('fold.known.html#_rank_of_part', 'fasterai/fold/known.py'),
                                      'fasterai.fold.known._rank_of_pattern': ('fold.known.html#_rank_of_pattern', 'fasterai/fold/known.py'),
                                      'fasterai.fold.known._rank_of_sizes': ('fold.known.html#_rank_of_sizes', 'fasterai/fold/known.py'),
+                                     'fasterai.fold.known._written': ('fold.known.html#_written', 'fasterai/fold/known.py'),
                                      'fasterai.fold.known.called_plainly': ('fold.known.html#called_plainly', 'fasterai/fold/known.py'),
                                      'fasterai.fold.known.chunks_of': ('fold.known.html#chunks_of', 'fasterai/fold/known.py'),
                                      'fasterai.fold.known.content_of': ('fold.known.html#content_of', 'fasterai/fold/known.py'),

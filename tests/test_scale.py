@@ -304,3 +304,19 @@ def test_an_instance_norm_without_a_batch(tracked):
     model = randomise(Alone(tracked)).double().eval()
     nn.init.uniform_(model.norm.weight, -2, 2, generator=torch.Generator().manual_seed(1))
     for example in ((), (x,)): assert difference(model(x), BN_Folder(scales=True).fold(model, *example)(x)).relative < 1e-12
+
+
+class ByTheInput(nn.Module):
+    "Its parameter has the shape that the input gives it"
+    def __init__(self): super().__init__(); self.w = nn.Parameter(torch.rand(6) + .5)
+    def forward(self, x): return x*self.w.view(x.shape[1], -1)
+
+
+def test_a_scale_whose_shape_goes_by_the_input():
+    "of one token it scales the channels, of six the tokens"
+    model = randomise(nn.Sequential(nn.Linear(3, 6), nn.Tanh(), ByTheInput(), nn.Linear(6, 2)))
+    one, six = (torch.randn(2, n, 3, dtype=torch.float64) for n in (1, 6))
+    folder = BN_Folder(scales=True)
+    new = folder.fold(model, one)
+    assert not folder.report.folded
+    for given in (one, six): assert difference(run(model, (given,), {}), run(new, (given,), {})).relative < 1e-13

@@ -847,3 +847,29 @@ def test_the_random_state_outlives_a_copy_that_draws():
     model, state = randomise(Drawing()), torch.get_rng_state()
     with pytest.raises(TypeError): BN_Folder().fold(model)
     assert torch.equal(state, torch.get_rng_state())
+
+
+class WrittenOut(nn.Module):
+    "A frozen BatchNorm of float32, which makes its input float32, too"
+    def __init__(self):
+        super().__init__()
+        for n, o in dict(weight=torch.rand(4) + .5, bias=torch.randn(4), running_mean=torch.randn(4), running_var=torch.rand(4) + .5).items(): self.register_buffer(n, o)
+    def forward(self, x):
+        scale = self.weight*(self.running_var + 1e-5).rsqrt()
+        return x*scale.view(1, -1, 1, 1) + (self.bias - self.running_mean*scale).view(1, -1, 1, 1)
+
+
+@examples
+@pytest.mark.parametrize('behind', [nn.Identity(), nn.Conv2d(4, 4, 1)])
+def test_a_batchnorm_written_out_in_another_dtype(behind, example):
+    model, folder, given = nn.Sequential(conv().bfloat16(), WrittenOut(), behind).eval(), BN_Folder(), x.bfloat16()
+    new = folder.fold(model, *([given] if example else []))
+    assert not folder.report.folded and torch.equal(model(given), new(given)) and new(given).dtype == torch.float32
+
+
+@examples
+@pytest.mark.parametrize('before, given', [(nn.ConvTranspose2d(4, 4, 2, 2), x), (conv(padding_mode='reflect'), x)])
+def test_parts_of_known_channels_behind_a_layer_that_is_looked_into(before, given, example):
+    "which are as many when the BatchNorm is gone"
+    model = net(lambda m, x: sum(torch.tanh(t) for t in m.bn(m.before(x)).chunk(2, 1)), before=before, bn=nn.BatchNorm2d(4))
+    assert not norms(fold(model, given, example=example)[0])

@@ -320,4 +320,4 @@ def read_written_out(
         if len(eps) != 1 or None in eps: continue
         for e,calls in zip(entries, found):
             calls[1].outs[0].shape = e.args[0].shape
-            flow.put([Call('batch_norm', (e.args[0], *own, False, 0., *eps), {}, calls[1].outs, e.stack)], calls)
+            flow.put([Call('batch_norm', (e.args[0], *own, False, 0., *eps), {'written_out': True}, calls[1].outs, e.stack)], calls)

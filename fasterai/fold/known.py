@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from .held import ATOMS, OWN, is_authors, package_of, remembered, slots_of
-from .layers import LAYERS
+from .layers import LAYERS, layer_call, out_channels
 
 # %% ../../nbs/02_fold.known.ipynb #0df28b9b
 def called_plainly(
@@ -197,11 +197,19 @@ def sizes_of(node):
         return None if n is None or any(type(i) not in (int, type(None)) for i in (part.start, part.stop, part.step)) else len(range(n)[part])
     return rank_of(node.args[0]) if type_of(node) is torch.Size and name_of(node) != 'getitem' else None
 
+def _written(node):
+    "How many channels a function gives that computes what a layer does"
+    try: call = layer_call(name_of(node), node.args, node.kwargs)
+    except TypeError: return None # it is called in another way
+    sizes = getattr(call.weight, 'sizes', None)
+    return out_channels(name_of(node), torch.empty(sizes, device='meta'), call.groups) if sizes and type(call.groups) is int else None
+
 def _channels(node):
     "How many channels a layer, or an activation behind one, gives on axis 1; `None` if it is something else"
     m = _layer(node)
     if type(m) is nn.ReLU or not m and name_of(node) in _keep_channels and node.inputs: return _channels(node.inputs[0])
-    if isinstance(m, nn.Linear) and rank_of(node) != 2: return None # they are on the last axis
+    if (isinstance(m, nn.Linear) or name_of(node) == 'linear') and rank_of(node) != 2: return None # they are on the last axis
+    if not m and name_of(node) in LAYERS: return _written(node)
     return next((len(t) for t in (*m._parameters.values(), *m._buffers.values()) if t is not None), None) if m else None
 
 def chunks_of(node):

@@ -150,19 +150,21 @@ def described(self:Finder, name, calls):
     if calls[0].op == 'scale':
         if why := calls[0].kwargs.get('why'): raise Stop(why)
         if any(c.args[2:] != first[2:] for c in calls): raise Stop('it is not always called in the same way')
-        self.one_dtype(calls)
+        self.one_dtype([v.name for c in calls for v in c.args[1]], calls)
+        if any(c.sized for v in first[1] for c in self.symbolic.params[v.name].readers): raise Stop('the shape in which it is used goes by the input')
         return Row(name, stats=tuple(v.name for v in first[1]), steps=tuple(first[2]), size=first[4], bare=calls[0].kwargs.get('bare', False))
     if first[5] is not False: raise Stop('it has no running statistics and uses those of the batch')
     if any(c.args[5] is not False for c in calls): raise Stop('it does not always use its running statistics')
     stats = _stat_names(calls[0])
     if len({(_stat_names(c), c.args[7]) for c in calls}) > 1: raise Stop('it is not always called in the same way')
     if '' in stats: raise Stop('its statistics or its weight are computed' + (' (see `bake`)' if computing(self.flow.modules[name]) else ''))
+    if calls[0].kwargs: self.one_dtype(stats, calls)
     return Row(name, stats=stats, eps=first[7])
 
 @patch
-def one_dtype(self:Finder, calls):
-    "A scale may not be what makes its input a tensor of its own dtype"
-    dtypes = {self.flow.tensors[v.name].dtype for c in calls for v in c.args[1]} | {c.args[0].dtype for c in calls}
+def one_dtype(self:Finder, names, calls):
+    "What multiplies and adds the tensors called `names` may not be what makes its input one of their dtype"
+    dtypes = {self.flow.tensors[n].dtype for n in filter(None, names)} | {c.args[0].dtype for c in calls}
     if len(dtypes - {None}) > 1: raise Stop('its input has another dtype')
     if any(c.args[0].dtype is None and isinstance(self.origin(c.args[0]), Value) for c in calls): raise Unknown('its input may have another dtype')
 
@@ -179,7 +181,7 @@ def judge(self:Finder, name, calls, sides, confirm=None):
             rest = self.rest(name, calls)
             row = altered(row, rest=rest, heir=self.heir(rest))
         row = self.best(row, calls, sides, confirm and confirm(name))
-        if row.steps and len({self.flow.tensors[n].dtype for n in (*row.stats, *(a.weight for a in row.absorbs))}) > 1: raise Stop('what takes it in has another dtype')
+        if (row.steps or calls[0].kwargs) and len({self.flow.tensors[n].dtype for n in (*filter(None, row.stats), *(a.weight for a in row.absorbs))}) > 1: raise Stop('what takes it in has another dtype')
         if not row.through: self.folded.add(name)
         return row
     except Stop as e: return Row(name, why=str(e))

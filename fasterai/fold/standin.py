@@ -147,7 +147,7 @@ class Weight(StandIn):
     def __init__(self, node, tracer, held):
         super().__init__(node, tracer)
         self.held = held
-        if not nn.parameter.is_lazy(held): node.rank = held.dim()
+        if not nn.parameter.is_lazy(held): node.rank,node.sizes = held.dim(),held.shape
     def __hash__(self): return id(self.held) # as a tensor's
     def __getattr__(self, name): return getattr(self.held, name) if not hasattr(Tensor, name) and hasattr(self.held, name) else super().__getattr__(name)
     shape,dtype,device,ndim = (property(lambda self, n=n: getattr(self.held, n)) for n in ('shape', 'dtype', 'device', 'ndim'))
