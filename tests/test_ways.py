@@ -604,3 +604,33 @@ def test_ways_that_give_a_named_tuple():
         y = m.bn(m.conv(x))
         return Out(y.relu(), y) if x.sum() > 0 else Out(y, y*2)
     assert folded(pair(forward), (), [(x,), (-x,)]).folded == 1
+
+
+vectors, targets = torch.randn(3, 4, dtype=torch.float64), torch.tensor([0, 1, 2])
+def losses(m, x, y=None):
+    h = m.out(m.bn(m.fc(x)).relu())
+    return h if y is None else (h, nn.functional.cross_entropy(h, y))
+def embeds(m, x, embed=False):
+    h = m.bn(m.fc(x)).relu()
+    return h if embed else m.out(h)
+def checks(m, x):
+    h = m.fc(x)
+    return m.out(torch.zeros_like(h) if torch.isnan(h).any() else m.bn(h))
+def by_the_batch(m, x): return m.out(m.bn(m.fc(x)) if len(x) > 1 else m.fc(x))
+def activated_for_one(m, x):
+    h = m.fc(x)
+    return m.out(m.bn(h if len(x) > 1 else h.relu()))
+
+@pytest.mark.parametrize('forward, calls, folds', [(losses, [(vectors,), (vectors, targets)], True), (embeds, [(vectors,), (vectors, True)], True), (by_the_batch, [(vectors,), (vectors[:1],)], False), (activated_for_one, [(vectors,), (vectors[:1],)], True)]) # into what comes after it
+def test_a_branch_beside_a_linear(forward, calls, folds):
+    "an example tells how many axes its input has; the branch must allow the fold all the same"
+    model = net(forward, fc=nn.Linear(4, 6), bn=nn.BatchNorm1d(6), out=nn.Linear(6, 3))
+    assert folded(model, calls[0], calls).folded == folds
+    assert not folded(model, (), calls).folded
+
+
+def test_a_hook_that_gives_another_number_of_axes():
+    "is not what the example is"
+    model = net(embeds, fc=nn.Linear(4, 6), bn=nn.BatchNorm1d(6), out=nn.Linear(6, 3))
+    model.register_forward_pre_hook(lambda m, args: (args[0].reshape(-1, 4), *args[1:]))
+    assert BN_Folder().plan(model, vectors).folded == 0

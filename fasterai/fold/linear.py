@@ -187,11 +187,12 @@ def plan_linear(
     keep:dict|None=None, # Layers to keep, by name, with the reason
     sides:dict=SERIES, # What is looked for: `SERIES`, `PARALLEL` or both
     others:Callable|None=None, # With a recorded run: `others()` gives runs at other sizes, where they are asked for
+    ranked:Callable|None=None, # With a recorded run: `ranked()` gives a trace for inputs with as many axes, where it is asked for
 )->Plan: # Of the layers that go, and no others
     "Which linear layers, and BatchNorms, can be merged with another layer"
     if any(_asks_for_weights(flow.modules[n]) for n in (symbolic or flow).failed): return Plan(())
     finder,rows,changed,keep = Finder(flow, symbolic),[],{},keep or {}
-    confirm = in_all_ways(flow, symbolic, partial(plan_linear, keep=keep, sides=sides), others)[1] if symbolic else None
+    confirm = in_all_ways(flow, symbolic, partial(plan_linear, keep=keep, sides=sides), others, ranked)[1] if symbolic else None
     for name,calls in finder.calls_of.items():
         calls = [c for c in calls if c.op in LAYERS or c.op == 'batch_norm' and isinstance(flow.modules[name], _BatchNorm)]
         if not calls or name in changed or name in keep: continue

@@ -281,10 +281,12 @@ def in_all_ways(
     symbolic:Flow, # The symbolic trace of the same model
     planned:Callable, # `planned(symbolic)`, or `planned(flow, symbolic)`, gives a `Plan`
     resized:Callable|None=None, # `resized()` gives runs at other sizes, where they are asked for, and those that broke off
+    ranked:Callable|None=None, # `ranked()` gives a trace for inputs with as many axes as the run's, where it is asked for
 )->tuple: # What is planned from the trace alone, by name; and `of(name)`, a check of a `Row`, which returns it or raises `Stop`
     "Holds what a recorded run shows against all the ways that a `forward` can take"
     by_name = lambda *flows: {r.name: r for r in planned(*flows)}
     rows,elsewhere = by_name(symbolic), resized and cache(lambda: (*(flows := resized()), [by_name(o, symbolic) for o in flows[0]]))
+    proven = [lambda: rows, *([cache(lambda: by_name(ranked()))] if ranked else [])] # for every way that there is
     through = {} # the modules that a value goes into or comes out of
     for e in flow.entries:
         for v in (*e.args, *e.outs): through.setdefault(v, set()).add(e.name)
@@ -298,7 +300,8 @@ def in_all_ways(
     odd = {c.module for c in symbolic.calls if c.op == 'batch_norm' and c.args[5] is not False}
     def of(name):
         def check(row, ways):
-            if name in rows and rows[name].folded and row.within(rows[name]): return rows[name] # proven for every way that there is
+            for found in proven:
+                if name in found() and found()[name].folded and row.within(found()[name]): return found()[name]
             if name in odd: raise Stop('it does not always use its running statistics')
             for n in filter(None, (*row.stats, *(n for a in row.absorbs for n in (a.weight, a.bias)))):
                 if other := symbolic.params[n].outside or min((naming(s[0]) for s in more(callers(symbolic, n), callers(flow, n))), default=''): raise Stop(f'`{n}` is also read by {other}, in another way than this run took')
@@ -342,10 +345,11 @@ def plan_folds(
     keep:dict|None=None, # BatchNorms to keep, by name, with the reason
     sides:dict=NEIGHBOURS, # Where absorbers are looked for: `NEIGHBOURS` or `THROUGH`
     others:Callable|None=None, # With a recorded run: `others()` gives runs at other sizes, where they are asked for
+    ranked:Callable|None=None, # With a recorded run: `ranked()` gives a trace for inputs with as many axes, where it is asked for
 )->Plan: # Depends on the model's structure, not on its values
     "What becomes of every BatchNorm of `flow`'s model"
     keep = keep or {}
-    traced,confirm = in_all_ways(flow, symbolic, partial(plan_folds, keep=keep, sides=sides), others) if symbolic else ({}, None)
+    traced,confirm = in_all_ways(flow, symbolic, partial(plan_folds, keep=keep, sides=sides), others, ranked) if symbolic else ({}, None)
     rows = Finder(flow, symbolic).judged(keep, sides, confirm)
     for name in dict.fromkeys([*(n for n,m in flow.model.named_modules() if isinstance(m, _BatchNorm) or n in traced), *traced]):
         if name in rows: continue

@@ -87,8 +87,8 @@ def _factors(o):
 
 class _Graph:
     "Adds the calls of one graph to a flow"
-    def __init__(self, flow, tracer):
-        self.flow,self.of = flow,{}
+    def __init__(self, flow, tracer, ranks):
+        self.flow,self.of,self.ranks = flow,{},ranks
         for node in tracer.nodes: self.of[node] = self.read(node, node.stack)
         values = lambda nodes: [v for n in nodes if type(v := self.of.get(n)) is Value]
         for stack,args,outs,one,_ in tracer.calls: flow.entries.append(Entry(stack[-1], stack, values(args), values(outs), one))
@@ -100,7 +100,7 @@ class _Graph:
     def read(self, node, stack):
         "What a node stands for: a `Value`, or itself where it is no tensor of the flow"
         args,kwargs = mapped((node.args, node.kwargs), type(node), self.of.__getitem__)
-        if node.op == 'placeholder': return Value()
+        if node.op == 'placeholder': return Value((None,)*self.ranks[node.target] if node.target in self.ranks else None)
         if node.op == 'get_attr': return self.flow.params[node.target] if node.target else Value()
         if node.op == 'call_module': return self.module(node.target, args, kwargs, stack, node.training)
         if node.op == 'output':
@@ -266,19 +266,20 @@ def _left_apart(flow, refused):
 @uncollected()
 def trace_flow(
     model:nn.Module, # Not run, and not changed
+    ranks:dict={}, # How many axes the tensors have that it is given, by the names of the parameters of its `forward`; of others it is not known
 )->Flow: # For every input
     "The flow of `model` as its `forward`s tell it"
     opaque,refused = set(), {}
     with _lock:
         while True:
-            flow = _trace_all(model, opaque, refused)
+            flow = _trace_all(model, opaque, refused, ranks)
             if not (more := _left_apart(flow, refused)):
                 flow.takes_bias = cache(lambda name: _takes_bias(flow, name))
                 return flow
             refused |= more
             opaque |= {type(m) for m in more}
 
-def _trace_all(model, opaque, refused):
+def _trace_all(model, opaque, refused, ranks):
     flow,seen,apart = Flow(model), set(), set() # `apart`: what may be called without what it is in
     names = {m: n for n,m in model.named_modules()}
     for name,m in model.named_modules():
@@ -293,7 +294,7 @@ def _trace_all(model, opaque, refused):
             seen.update(flow.modules[stack[-1]] for stack,*_ in tracer.calls)
             flow.branches |= tracer.branched
             flow.traces.append((name, set(opaque), tracer))
-            _Graph(flow, tracer)
+            _Graph(flow, tracer, {} if name else ranks)
     flow.branches |= _choosing([tracer for *_,tracer in flow.traces], {n for n,m in flow.modules.items() if type(m).forward is nn.Sequential.forward})
     flow.undecided |= {names[m] for m in names if runs_apart(m)}
     flow.probed |= {n for name in flow.failed for f in functions_of(flow.modules[name]) for c in codes_in(f.__code__) for n in c.co_names} & _probes - {'stride'} # which a layer has, too

@@ -10,16 +10,16 @@ from contextlib import ExitStack
 from functools import cache, partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..fold.apply import Unfit, apart, copied, fold_inplace, folded_copy, new_weights
 from ..fold.bake import bake
 from ..fold.carry import CARRIERS
 from ..fold.computed import rewritten_computations
-from ..fold.code import named_by
+from ..fold.code import named_by, parameters
 from ..fold.flow import altered, brief, naming
-from ..fold.held import afresh, plain_device, same_random_state
+from ..fold.held import afresh, forward_hooks, plain_device, same_random_state
 from ..fold.inputs import check_model, is_learner, learner_example, unwrapped
 from ..fold.layers import LAYERS, NORMS
 from ..fold.left import read
@@ -224,13 +224,19 @@ def _difference(a, b):
 _whys = {"the model's code asks for what it would lose": lambda r: r.edited or r.joins, # what is kept where a fold with it comes to nothing, in this order, and why
          'what follows it does not run on the strides of its input': lambda r: r.strided}
 
+def _ranks(model, xs, kwargs):
+    "How many axes each tensor of an example has, by the parameter of the `forward` that is given it"
+    if forward_hooks(model) or 'forward' in vars(model): return {} # which may be given something else
+    given = [*zip((p.name for p in parameters(type(model).forward) if p.kind is not p.KEYWORD_ONLY), xs), *kwargs.items()]
+    return {n: o.dim() for n,o in given if isinstance(o, Tensor)}
+
 class _Fold:
     "One fold of one model"
     def __init__(self, model, xs, kwargs, planned=plan_folds, scales=False):
         self.model,self.example,self.keep,self.planned,self.undo,self.heirs = model,(xs, kwargs) if xs or kwargs else None,{},planned,lambda: None,True
         self.recorded,self.out = _recorded(model, self.example) if self.example else (None, None)
         self.traced = trace_flow(model) # now: what hooks keep of a run is the same when the code is traced again
-        self.scales,self.without,self.others = scales,{},cache(self._others)
+        self.scales,self.without,self.others,self.ranked = scales,{},cache(self._others),cache(self._ranked)
         for flow in filter(None, (self.traced, self.recorded)): self.read(flow)
 
     def read(self, flow):
@@ -243,8 +249,10 @@ class _Fold:
 
     def _others(self): return [[*map(self.read, flows)] for flows in flows_at_other_sizes(self.model, *self.example, _known)]
 
+    def _ranked(self): return self.read(trace_flow(self.model, _ranks(self.model, *self.example)))
+
     def plan(self):
-        with plain_device(): plan = self.planned(self.recorded, self.traced, self.keep, others=self.others) if self.recorded else self.planned(self.traced, keep=self.keep)
+        with plain_device(): plan = self.planned(self.recorded, self.traced, self.keep, others=self.others, ranked=self.ranked) if self.recorded else self.planned(self.traced, keep=self.keep)
         return plan if self.heirs else Plan(tuple(altered(r, heir='') for r in plan))
 
     def weights(self):
