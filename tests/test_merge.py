@@ -74,6 +74,7 @@ def test_merges(kind):
         assert not norms(new) and report.kept == 0 and all(r.merged and 'merged by its own' in r.how and r.into for r in report) and not report.notes
         assert [r.name for r in report] == norms(model) and next(new.parameters()).dtype == torch.float64
         assert report.after < report.before and 0 < report.check.relative < 1e-12
+        assert report.plan.places == [n for n in dict.fromkeys(r.merged[0] for r in report) if n] # where the two agree
 
 
 @pytest.mark.parametrize('kind, why', [(Wrong, 'what it gives differs by'), (Float32, 'what it gives differs by'), (OtherShape, 'ValueError'), (Raises, 'NotImplementedError: not yet')], ids=lambda k: getattr(k, '__name__', ''))

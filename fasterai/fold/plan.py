@@ -94,7 +94,7 @@ class Plan:
     @property
     def places(self):
         "Names of the modules behind which the folded model must agree with the original"
-        names = [n for r in self if r.folded for n in ([a.layer for a in r.absorbs] if r.absorbs[0].before else [] if r.joins == 'parallel' else [r.module])]
+        names = [n for r in self if r.folded for n in ([r.merged[0]] if r.merged else [a.layer for a in r.absorbs] if r.absorbs[0].before else [] if r.joins == 'parallel' else [r.module])]
         return [n for n in dict.fromkeys(names) if n]
     def then(self, more):
         "The same with what the plan `more` does to what it left"
