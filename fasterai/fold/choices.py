@@ -14,8 +14,8 @@ from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from torch import nn
 
 from .code import asked_for_none, asks_kinds, functions_of, is_state, parameters, reading
-from .source import source_of
 from .held import MAKING, asked_name, behind, instructions, is_record, named_in, package_of, reads_attribute, remembered
+from .source import source_of
 
 
 # %% ../../nbs/03_fold.choices.ipynb #2c41c108
@@ -150,9 +150,8 @@ def _called(m, f, call):
     for name in names: o = getattr(o, name, None) if o is type(m) or isinstance(o, ModuleType) else None
     return o if isinstance(o, (FunctionType, BuiltinFunctionType)) else None
 
-def _handed_to(m, f, call, n):
-    "Whom `call` gives the argument `n`: `(module, function, parameter)`. By a name, that is any module in `m` whose `forward` has such a parameter, if it is no function"
-    g = _called(m, f, call)
+def _handed_to(m, g, call, n):
+    "Whom `call`, in the code of `m`, gives the argument `n`: `(module, function, parameter)`. If it is not of a function `g`, it is by a name, and of any module in `m` whose `forward` has such a parameter"
     takes = [*inspect.signature(g).parameters][ast.unparse(call.func).startswith('self.'):] if isinstance(g, FunctionType) else []
     names = [to for to,v in (*zip(takes, call.args), *((k.arg, k.value) for k in call.keywords)) if v is n]
     if g: return [(m, g, to) for to in names]
@@ -170,7 +169,7 @@ def _is_flag(m, f, name, within=()):
         call = parents[parents[n]] if isinstance(parents[n], ast.keyword) else parents[n]
         if not isinstance(call, ast.Call) or n is call.func or any(isinstance(a, ast.Starred) for a in call.args): return False
         if (g := _called(m, f, call)) and package_of(g) == 'torch': return True
-        to = _handed_to(m, f, call, n)
+        to = _handed_to(m, g, call, n)
         return bool(to) and all(_is_flag(*o, (*within, (f, name))) for o in to)
     return all(_stands_in_test(n, parents) or is_handed_on(n) for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id == name)
 
